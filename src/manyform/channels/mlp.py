@@ -1,0 +1,69 @@
+"""The two feed-forward networks of the Transformer family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from manyform.contract import Cost, Mixer, Place, channel
+from manyform.errors import ManyformError, unknown
+from manyform.init import linear, residual_std
+from manyform.ops.swiglu import swiglu
+from manyform.state import State
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+               "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
+
+
+class _Feedforward(Mixer):
+    """A channel mixer without state."""
+
+    def _width(self, expansion: float, multiple_of: int) -> int:
+        if expansion <= 0:
+            raise ManyformError(f"expansion must be positive, not {expansion}")
+        return max(1, round(expansion * self.d_model / multiple_of)) * multiple_of
+
+    def initial_state(self, batch_size: int, *, device: Any = None) -> State:
+        return None
+
+    def cost(self, length: int) -> Cost:
+        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        return Cost(2 * weights * length, 0)
+
+
+@channel("mlp")
+class MLP(_Feedforward):
+    """Two linear maps with an activation between (Vaswani 2017, eq. 2; GELU as in GPT-2)."""
+
+    def __init__(self, d_model: int, *, place: Place = Place(), expansion: float = 4.0,
+                 multiple_of: int = 1, activation: str = "gelu_tanh", bias: bool = False) -> None:
+        super().__init__(d_model, place=place)
+        if activation not in ACTIVATIONS:
+            raise unknown("activation", activation, ACTIVATIONS)
+        hidden = self._width(expansion, multiple_of)
+        self.activation = activation
+        self.up = linear(d_model, hidden, bias=bias)
+        self.down = linear(hidden, d_model, bias=bias, std=residual_std(place))
+
+    def forward(self, x: Tensor, state: State = None, *, reset: Tensor | None = None,
+                ) -> tuple[Tensor, State]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x))), None
+
+
+@channel("gated_mlp")
+class GatedMLP(_Feedforward):
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, d_model: int, *, place: Place = Place(), expansion: float = 8 / 3,
+                 multiple_of: int = 16, bias: bool = False) -> None:
+        super().__init__(d_model, place=place)
+        hidden = self._width(expansion, multiple_of)
+        self.gate_up = linear(d_model, 2 * hidden, bias=bias)
+        self.down = linear(hidden, d_model, bias=bias, std=residual_std(place))
+
+    def forward(self, x: Tensor, state: State = None, *, reset: Tensor | None = None,
+                ) -> tuple[Tensor, State]:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(swiglu(gate, up)), None

@@ -1,0 +1,111 @@
+"""An architecture is data: which mixer and channel each layer has, and what stands around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from manyform.errors import ManyformError, unknown
+
+POSITIONS = ("none", "learned", "sinusoidal")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: a sequence mixer, and a channel mixer or None."""
+
+    mixer: str
+    mixer_options: Mapping[str, Any] = field(default_factory=dict)
+    channel: str | None = "gated_mlp"
+    channel_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that `Model` needs; written as JSON beside the weights.
+
+    pattern: layers, repeated in a cycle to `n_layers`. norm: a name from `manyform.norms`.
+    residual: False for plain stacks. tie: the head shares the embedding's weights. position:
+    what is added to the embedding. max_length: rows of a learned position table.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    pattern: tuple[LayerSpec, ...]
+    name: str = ""
+    norm: str = "rms"
+    final_norm: bool = True
+    residual: bool = True
+    tie: bool = True
+    position: str = "none"
+    max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "d_model", "n_layers", "max_length"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise ManyformError(f"{key} must be a whole number of at least 1, not {value!r}")
+        if not self.pattern:
+            raise ManyformError("a model needs at least one layer in its pattern")
+        if self.position not in POSITIONS:
+            raise unknown("position", self.position, POSITIONS)
+
+    @property
+    def layers(self) -> list[LayerSpec]:
+        """The pattern, repeated in a cycle to n_layers."""
+        return [self.pattern[i % len(self.pattern)] for i in range(self.n_layers)]
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; an unknown or missing key raises ManyformError."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise unknown("configuration key", key, known)
+        try:
+            pattern = tuple(LayerSpec(**layer) for layer in values["pattern"])
+            return cls(**{**values, "pattern": pattern})
+        except (KeyError, TypeError) as error:
+            raise ManyformError(f"the configuration is not complete: {error}") from error
+
+
+def parse_pattern(text: str) -> list[str]:
+    """"3 mamba2 : 1 attention" -> ["mamba2", "mamba2", "mamba2", "attention"]."""
+    names: list[str] = []
+    for part in text.split(":") if not re.match(r"^\w[\w.]*:[A-Za-z_]\w*$", text) else [text]:
+        match = re.fullmatch(r"\s*(?:(\d+)\s+)?(\S+)\s*", part)
+        if not match or (count := int(match[1] or 1)) < 1:
+            raise ManyformError(f"a pattern reads like '3 mamba2 : 1 attention', not {text!r}")
+        names += [match[2]] * count
+    return names
+
+
+def merge_options(specs: Sequence[LayerSpec], overrides: Mapping[str, Any],
+                  accepted: Mapping[str, Mapping[str, set[str]]]) -> tuple[LayerSpec, ...]:
+    """Give each override to every mixer and channel that has an option of that name.
+
+    accepted: {"mixer": {name: options}, "channel": {name: options}}. An option that none takes
+    raises ManyformError.
+    """
+    every = set().union(*(names for kind in accepted.values() for names in kind.values()))
+    for key in overrides:
+        if key not in every:
+            raise unknown("option", key, every | {f.name for f in fields(ModelConfig)} | {"channel"})
+
+    def take(kind: str, name: str | None, old: Mapping[str, Any]) -> dict[str, Any]:
+        mine = accepted[kind].get(name or "", set())
+        return {**old, **{k: v for k, v in overrides.items() if k in mine}}
+    return tuple(replace(s, mixer_options=take("mixer", s.mixer, s.mixer_options),
+                         channel_options=take("channel", s.channel, s.channel_options))
+                 for s in specs)

@@ -1,0 +1,186 @@
+"""The contract: `y, state = mixer(x, state, reset=...)`, the same for every architecture."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from manyform.errors import ManyformError, unknown
+from manyform.state import State
+
+StateGrowth = Literal["none", "constant", "window", "linear"]
+CostGrowth = Literal["linear", "T log T", "T log^2 T", "quadratic"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sequence costs.
+
+    flops: forward floating-point operations for `length` tokens from the start of a sequence
+      (a multiply-add is two; matrix products, convolutions and recurrences, not pointwise work).
+    state_bytes: bytes of the state after `length` tokens, one row.
+    """
+
+    flops: int
+    state_bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.state_bytes + other.state_bytes)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands in its stack; initialisations that depend on depth read it."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a parameter's paper asks of the optimizer.
+
+    weight_decay: False keeps decay off it. lr_scale: multiplies the learning rate.
+    """
+
+    weight_decay: bool = True
+    lr_scale: float = 1.0
+
+
+class Mixer(nn.Module):
+    """What sequence mixers and channel mixers share: a state, a cost, hints for the optimizer.
+
+    Subclasses take `d_model` and keyword-only options, `place` among them.
+    """
+
+    causal: ClassVar[bool] = True
+    shares: ClassVar[bool] = False
+    """True if forward also takes `shared=`: a dict that lives for one pass through a stack, for
+    the few architectures in which a layer reads what an earlier one computed."""
+
+    def __init__(self, d_model: int, *, place: Place = Place()) -> None:
+        super().__init__()
+        if d_model < 1:
+            raise ManyformError(f"d_model must be at least 1, not {d_model}")
+        self.d_model = d_model
+        self.place = place
+
+    def forward(self, x: Tensor, state: State = None, *, reset: Tensor | None = None,
+                ) -> tuple[Tensor, State]:
+        """x: (batch, length, d_model) -> y of the same shape, and the state after the last step.
+
+        state: what an earlier call returned, or None at the start of a sequence. It is never
+          changed in place where the caller can see it.
+        reset: (batch, length) bool, true where a new document begins.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+    def initial_state(self, batch_size: int, *, device: torch.device | str | None = None) -> State:
+        """The state before the first token: what `state=None` means."""
+        raise TypeError(f"{type(self).__name__} must define initial_state")
+
+    def cost(self, length: int) -> Cost:
+        """Declared cost of `length` tokens of one sequence, checked against counted cost."""
+        raise TypeError(f"{type(self).__name__} must define cost")
+
+    def hints(self) -> Mapping[str, Hint]:
+        """Hints by parameter name (relative to this module). One-dimensional parameters have no
+        weight decay unless a hint says otherwise."""
+        return {}
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The keyword options of the constructor, with their defaults."""
+        signature = inspect.signature(cls.__init__)
+        return {p.name: p.default for p in signature.parameters.values()
+                if p.kind is p.KEYWORD_ONLY and p.name != "place"}
+
+
+class SequenceMixer(Mixer):
+    """Mixes information along the sequence; every architecture is one of these plus channels.
+
+    name: registry name. state_growth, cost_growth: how state bytes and operations grow with the
+    length of the sequence.
+    """
+
+    name: ClassVar[str] = ""
+    state_growth: ClassVar[StateGrowth] = "constant"
+    cost_growth: ClassVar[CostGrowth] = "linear"
+
+    @property
+    def growth(self) -> tuple[StateGrowth, CostGrowth]:
+        """Growth of this instance's state and cost (an option such as a window can change it)."""
+        return self.state_growth, self.cost_growth
+
+
+_mixers: dict[str, type[SequenceMixer]] = {}
+_channels: dict[str, type[Mixer]] = {}
+
+
+def mixer(name: str) -> Any:
+    """Class decorator: register a sequence mixer under a name."""
+    def register(cls: type[SequenceMixer]) -> type[SequenceMixer]:
+        cls.name = name
+        _mixers[name] = cls
+        return cls
+    return register
+
+
+def channel(name: str) -> Any:
+    """Class decorator: register a channel mixer under a name."""
+    def register(cls: type[Mixer]) -> type[Mixer]:
+        _channels[name] = cls
+        return cls
+    return register
+
+
+def mixers() -> dict[str, type[SequenceMixer]]:
+    """Every registered sequence mixer, by name."""
+    import manyform.mixers  # noqa: F401  (registers the built-in ones)
+    return dict(_mixers)
+
+
+def channels() -> dict[str, type[Mixer]]:
+    """Every registered channel mixer, by name."""
+    import manyform.channels  # noqa: F401
+    return dict(_channels)
+
+
+def build(kind: str, spec: str | type[Mixer], d_model: int, place: Place,
+          options: Mapping[str, Any]) -> Mixer:
+    """Construct a mixer ("mixer") or channel ("channel") by name or class, options checked.
+
+    Raises ManyformError for an unknown name or option.
+    """
+    known = mixers() if kind == "mixer" else channels()
+    if isinstance(spec, str):
+        if spec not in known:
+            raise unknown(kind, spec, known)
+        cls = known[spec]
+    else:
+        cls = spec
+    allowed = cls.options()
+    for key in options:
+        if key not in allowed:
+            raise unknown(f"option of {cls.__name__}", key, allowed)
+    return cls(d_model, place=place, **options)
+
+
+def param_hints(model: nn.Module) -> dict[str, Hint]:
+    """The hint of every parameter of `model` by full name; defaults filled in."""
+    hints = {name: Hint(weight_decay=p.ndim > 1) for name, p in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        declared = getattr(module, "hints", None)
+        if callable(declared):
+            for name, hint in declared().items():
+                full = f"{prefix}.{name}" if prefix else name
+                if full not in hints:
+                    raise ManyformError(f"{type(module).__name__}.hints names {name!r}, "
+                                        "which is not one of its parameters")
+                hints[full] = hint
+    return hints

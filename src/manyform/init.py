@@ -1,0 +1,29 @@
+"""Weight initialisations that several architectures share."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from manyform.contract import Place
+
+
+def linear(d_in: int, d_out: int, *, bias: bool = False, std: float = 0.02) -> nn.Linear:
+    """A linear layer with normal weights of the given standard deviation and zero bias.
+
+    0.02 is GPT-2's value (Radford 2019, released code), kept by LLaMA and most since.
+    """
+    layer = nn.Linear(d_in, d_out, bias=bias)
+    nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def residual_std(place: Place, std: float = 0.02) -> float:
+    """Standard deviation for projections back into the residual stream: std / sqrt(2 n_layers).
+
+    GPT-2 (Radford 2019, section 2.3), two residual branches a layer.
+    """
+    return std / math.sqrt(2 * place.count)

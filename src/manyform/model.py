@@ -1,0 +1,231 @@
+"""The language model: embedding, blocks, norm, head; the contract one level up."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyform.block import Block, BlockState
+from manyform.config import ModelConfig
+from manyform.contract import Place
+from manyform.errors import ManyformError
+from manyform.norms import norm
+from manyform.ops.cross_entropy import linear_cross_entropy
+from manyform.ops.operation import trace
+
+
+class ModelState(NamedTuple):
+    """position: (batch,) int64, tokens since the row's document began; layers: one state each."""
+
+    position: Tensor
+    layers: tuple[BlockState, ...]
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs: see `Model.cost`."""
+
+    params: int
+    active_params: int
+    flops: int
+    length: int
+    state_bytes: int
+    paths: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward operations per token, averaged over `length`."""
+        return self.flops / self.length
+
+    @property
+    def training_flops_per_token(self) -> float:
+        """Three times forward: the backward pass computes two products for each of its one."""
+        return 3 * self.flops_per_token
+
+
+class Model(nn.Module):
+    """`logits, state = model(tokens, state, reset=...)` for any pattern of blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, n = config.d_model, config.n_layers
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.max_length, d)
+            nn.init.normal_(self.positions.weight, std=0.02)
+        self.blocks = nn.ModuleList(
+            Block(layer, d, place=Place(i, n), norm_name=config.norm, residual=config.residual)
+            for i, layer in enumerate(config.layers))
+        self.final_norm = norm(config.norm if config.final_norm else "none", d)
+        self.head = nn.Linear(d, config.vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+        if config.tie:
+            self.head.weight = self.embedding.weight
+
+    @property
+    def causal(self) -> bool:
+        """False if any mixer looks ahead; such a model cannot stream."""
+        return all(block.mixer.causal for block in self.blocks)
+
+    def features(self, tokens: Tensor, state: ModelState | None = None, *,
+                 reset: Tensor | None = None) -> tuple[Tensor, ModelState]:
+        """What the head reads. tokens: (batch, length) int64 -> (batch, length, d_model)."""
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ManyformError("tokens must be (batch, length) int64, not "
+                                f"{tuple(tokens.shape)} {tokens.dtype}")
+        batch, length = tokens.shape
+        before = (state.position if state is not None
+                  else torch.zeros(batch, dtype=torch.int64, device=tokens.device))
+        positions = document_positions(before, length, reset)
+        x = self.embedding(tokens)
+        if self.config.position == "sinusoidal":
+            x = x * math.sqrt(self.config.d_model)  # Vaswani 2017, section 3.4
+        if self.config.position != "none":
+            x = x + self._position_embedding(positions).to(x.dtype)
+        after: list[BlockState] = []
+        shared: dict[str, Any] = {}
+        for i, block in enumerate(self.blocks):
+            x, layer = block(x, state.layers[i] if state is not None else None, reset=reset,
+                             shared=shared)
+            after.append(layer)
+        last = positions[:, -1] + 1 if length else before
+        return self.final_norm(x), ModelState(last, tuple(after))
+
+    def forward(self, tokens: Tensor, state: ModelState | None = None, *,
+                reset: Tensor | None = None) -> tuple[Tensor, ModelState]:
+        """tokens: (batch, length) int64 -> logits (batch, length, vocab_size), and the state.
+
+        state: what an earlier call returned, or None at the start. reset: (batch, length) bool,
+        true where a new document begins. Raises ManyformError for tokens of another shape, and
+        past the end of a learned position table.
+        """
+        h, state = self.features(tokens, state, reset=reset)
+        return self.head(h), state
+
+    def loss(self, tokens: Tensor, targets: Tensor, state: ModelState | None = None, *,
+             reset: Tensor | None = None, ignore_index: int = -100,
+             ) -> tuple[Tensor, ModelState]:
+        """Mean cross-entropy in nats over targets that are not `ignore_index`, and the state.
+
+        The logits of all positions are never held at once where the device has a fused form.
+        """
+        h, state = self.features(tokens, state, reset=reset)
+        total = linear_cross_entropy(h.reshape(-1, h.shape[-1]), self.head.weight,
+                                     targets.reshape(-1), ignore_index)
+        return total / (targets != ignore_index).sum().clamp(min=1), state
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """The state before the first token."""
+        device = self.embedding.weight.device
+        return ModelState(torch.zeros(batch_size, dtype=torch.int64, device=device),
+                          tuple(b.initial_state(batch_size, device=device) for b in self.blocks))
+
+    def num_params(self) -> int:
+        """Parameters, tied ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def cost(self, length: int = 1024) -> ModelCost:
+        """Parameters, forward operations for `length` tokens from the start of one sequence,
+        state bytes after them, and the path that each operation takes on this model's device."""
+        if length < 1:
+            raise ManyformError(f"length must be at least 1, not {length}")
+        c = self.config
+        flops = 2 * c.d_model * c.vocab_size * length
+        state_bytes = 8
+        for block in self.blocks:
+            cost = block.cost(length)
+            flops, state_bytes = flops + cost.flops, state_bytes + cost.state_bytes
+        params = self.num_params()
+        return ModelCost(params, params, flops, length, state_bytes, self.paths(length))
+
+    @torch.no_grad()
+    def paths(self, length: int = 128) -> dict[str, str]:
+        """Which form each operation takes for sequences of (up to 128 of) `length` tokens."""
+        device = self.embedding.weight.device
+        if device.type == "meta":
+            return {}
+        tokens = torch.zeros(1, min(length, 128), dtype=torch.int64, device=device)
+        with trace() as seen:
+            self(tokens)
+        return {op: path for op, path in sorted(seen)}
+
+    def generate(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Any:
+        """Sample a continuation; see `manyform.generation.generate`."""
+        from manyform.generation import generate
+        return generate(self, prompt, max_new_tokens, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path` (tied weights once)."""
+        from safetensors.torch import save_file
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        weights = {k: v.detach().contiguous() for k, v in self.state_dict().items()
+                   if not (self.config.tie and k == "head.weight")}
+        save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+    def _position_embedding(self, positions: Tensor) -> Tensor:
+        if self.config.position == "sinusoidal":
+            return sinusoidal(positions, self.config.d_model)
+        if positions.numel() and int(positions.max()) >= self.config.max_length:
+            raise ManyformError(
+                f"position {int(positions.max())} lies past the learned position table of "
+                f"{self.config.max_length} rows; create the model with a larger max_length or "
+                "with position='rotary', 'alibi' or 'sinusoidal'")
+        return F.embedding(positions, self.positions.weight)
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
+    """Read a model that `Model.save` wrote. Raises ManyformError naming what is missing."""
+    from safetensors.torch import load_file
+    folder = Path(path)
+    try:
+        config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        weights = load_file(str(folder / "model.safetensors"), device=str(device))
+    except FileNotFoundError as error:
+        raise ManyformError(f"{folder} holds no saved model: {error.filename or error} is missing"
+                            ) from error
+    except Exception as error:
+        if isinstance(error, ManyformError):
+            raise
+        raise ManyformError(f"the model in {folder} cannot be read: {error}") from error
+    model = Model(config).to(device)
+    if config.tie:
+        weights["head.weight"] = weights.get("embedding.weight", torch.empty(0))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ManyformError(f"the weights in {folder} do not fit its config.json: {error}"
+                            ) from error
+    return model
+
+
+def document_positions(before: Tensor, length: int, reset: Tensor | None) -> Tensor:
+    """Tokens since the document began, for each of `length` new tokens.
+
+    before: (batch,) position of the first new token if nothing resets; reset: (batch, length)
+    bool or None -> (batch, length) int64.
+    """
+    steps = torch.arange(length, device=before.device)
+    positions = before[:, None] + steps
+    if reset is None:
+        return positions
+    start = torch.where(reset, steps, -1).cummax(dim=1).values
+    return torch.where(start >= 0, steps - start, positions)
+
+
+def sinusoidal(positions: Tensor, d: int) -> Tensor:
+    """Sine and cosine at geometric wavelengths (Vaswani 2017, section 3.5): (...) -> (..., d)."""
+    half = (d + 1) // 2
+    rate = torch.exp(torch.arange(half, device=positions.device) * (-math.log(10000.0) / half))
+    angle = positions[..., None].float() * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :d]

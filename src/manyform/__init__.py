@@ -1,6 +1,7 @@
 """Every sequence architecture since 1986 behind one contract, `y, state = model(x, state)`."""
 
 from manyform import state
+from manyform.catalog import catalog, create
 from manyform.contract import (
     Cost,
     Hint,
@@ -24,8 +25,10 @@ __all__ = [
     "Model",
     "Place",
     "SequenceMixer",
+    "catalog",
     "channel",
     "channels",
+    "create",
     "load",
     "mixer",
     "mixers",

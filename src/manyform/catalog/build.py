@@ -1,0 +1,112 @@
+"""From a name and overrides to a model."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import fields
+from typing import Any
+
+from manyform.catalog.entries import ENTRIES
+from manyform.catalog.entry import Entry
+from manyform.config import POSITIONS, LayerSpec, ModelConfig, merge_options, parse_pattern
+from manyform.contract import Mixer, SequenceMixer, channels, mixers
+from manyform.errors import ManyformError, unknown
+from manyform.model import Model
+
+_USER_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_CONFIG_KEYS = {f.name for f in fields(ModelConfig)} - {"pattern", "name"}
+
+
+def entry(name: str) -> Entry:
+    """The catalog's entry of that name; a mixer's name, a pattern of mixers
+    ("3 mamba2 : 1 attention") or "module:Class" makes an entry of its own.
+
+    Raises ManyformError for a name that is none of these.
+    """
+    if name in ENTRIES:
+        return ENTRIES[name]
+    is_pattern = ":" in name and not _USER_CLASS.fullmatch(name) or " " in name.strip()
+    parts = parse_pattern(name) if is_pattern else [name]
+    known = mixers()
+    for part in parts:
+        if part not in known and not _USER_CLASS.fullmatch(part):
+            raise unknown("architecture", part, set(ENTRIES) | set(known))
+    classes = [resolve(part) for part in parts]
+    single = len(set(parts)) == 1
+    home = [e for e in ENTRIES.values() if single and e.pattern == parts[0]]
+    if home:
+        return home[0]
+    year = max([e.year for e in ENTRIES.values() for p in parts if e.pattern == p] or [2026])
+    return Entry(name, year, "given by the user" if any(":" in p for p in parts) else
+                 "a pattern of catalog mixers", "hybrid" if not single else
+                 classes[0].__module__.rsplit(".", 1)[-1], name)
+
+
+def resolve(name: str) -> type[SequenceMixer]:
+    """The mixer class of a registered name or of "module:Class" (imported).
+
+    Raises ManyformError where it cannot be imported or is not a SequenceMixer.
+    """
+    known = mixers()
+    if name in known:
+        return known[name]
+    if not _USER_CLASS.fullmatch(name):
+        raise unknown("mixer", name, known)
+    module_name, class_name = name.split(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ManyformError(f"cannot import the mixer {name!r}: {error}; is its folder on the "
+                            "Python path?") from error
+    if not (isinstance(cls, type) and issubclass(cls, SequenceMixer)):
+        raise ManyformError(f"{name!r} is not a mixer: derive the class from "
+                            "manyform.SequenceMixer")
+    return cls
+
+
+def parse(item: Entry) -> list[str]:
+    """The entry's pattern as a list of mixer names."""
+    return [item.pattern] if _USER_CLASS.fullmatch(item.pattern) else parse_pattern(item.pattern)
+
+
+def configure(item: Entry, **overrides: Any) -> ModelConfig:
+    """The configuration of an entry with overrides.
+
+    An override is a field of ModelConfig, `channel`, `position` (also "rotary" and "alibi"), or
+    an option of the entry's mixers or channels. Raises ManyformError for any other.
+    """
+    names = parse(item)
+    settings = {"n_layers": 6, "d_model": 256, **item.defaults, **overrides}
+    if "vocab_size" not in settings:
+        raise ManyformError(f"create({item.name!r}) needs vocab_size, the number of tokens")
+    channel = settings.pop("channel", "gated_mlp")
+    if channel is not None and channel not in channels():
+        raise unknown("channel", channel, channels())
+    position = settings.pop("position", None)
+    config = {k: settings.pop(k) for k in list(settings) if k in _CONFIG_KEYS}
+    classes: dict[str, type[Mixer]] = {n: resolve(n) for n in names}
+    accepted = {"mixer": {n: set(c.options()) for n, c in classes.items()},
+                "channel": {channel: set(channels()[channel].options())} if channel else {}}
+    if position is not None:
+        takes = any("position" in options for options in accepted["mixer"].values())
+        if position in POSITIONS:
+            config["position"] = position
+            if takes:
+                settings["position"] = "none"
+        elif takes:
+            settings["position"] = position
+        else:
+            raise ManyformError(f"position={position!r} belongs to attention, and {item.name!r} "
+                                f"has none; use one of {', '.join(POSITIONS)}")
+    pattern = merge_options([LayerSpec(n, {}, channel, {}) for n in names], settings, accepted)
+    return ModelConfig(name=item.name, pattern=pattern, **config)
+
+
+def create(name: str, **overrides: Any) -> Model:
+    """A model by its catalog name, by a pattern, or with a mixer of your own ("module:Class").
+
+    `create("mamba2", vocab_size=256, d_model=256, n_layers=6, d_state=64)`. Raises ManyformError
+    for unknown names and options, with the nearest known ones.
+    """
+    return Model(configure(entry(name), **overrides))

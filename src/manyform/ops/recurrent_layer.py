@@ -1,0 +1,115 @@
+"""One layer of a classic recurrent network: Elman, LSTM or GRU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from manyform.errors import unknown
+from manyform.ops.operation import operation
+
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+Carried = tuple[Tensor, ...]
+GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
+
+
+def _flops(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
+           reset: Tensor | None = None) -> int:
+    return 2 * x.shape[0] * x.shape[1] * (weights[0].numel() + weights[1].numel())
+
+
+@operation(flops=_flops)
+def recurrent_layer(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
+                    reset: Tensor | None = None) -> tuple[Tensor, Carried]:
+    """The recurrence of one layer, z_t = W x_t + b and u_t = U h_{t-1} + c, by cell:
+
+    tanh, relu  h = act(z + u)                                           (Elman 1990)
+    lstm        i, f, o = sigmoid(z + u), g = tanh(z + u),
+                c' = f c + i g, h = o tanh(c')                           (Gers 2000, eq. 1-6)
+    gru         r, s = sigmoid(z + u), n = tanh(z + r u),
+                h' = (1 - s) n + s h                                     (Cho 2014, eq. 5-8)
+
+    x: (B, T, D); weights: W (G h, D), U (G h, h), b, c (G h), gates in torch's order (i f g o;
+    r s n); state: (h,) or (h, c), each (B, h); reset: (B, T) bool, true where the state before
+    the step is zero. Returns y: (B, T, h) in the dtype of x and the state after the last step in
+    float32 (float64 for float64 weights). The GRU's reset gate stands after the product, as in
+    cuDNN, so that both products are one.
+    """
+    if cell not in GATES:
+        raise unknown("cell", cell, GATES)
+    w, u, b, c = weights
+    carried = [s.to(w.dtype) for s in state]
+    ys = []
+    for t in range(x.shape[1]):
+        if reset is not None:
+            carried = [s * ~reset[:, t, None] for s in carried]
+        z = x[:, t].to(w.dtype) @ w.T + b
+        v = carried[0] @ u.T + c
+        if cell == "lstm":
+            i, f, g, o = (z + v).chunk(4, dim=-1)
+            memory = f.sigmoid() * carried[1] + i.sigmoid() * g.tanh()
+            carried = [o.sigmoid() * memory.tanh(), memory]
+        elif cell == "gru":
+            (zr, zs, zn), (vr, vs, vn) = z.chunk(3, dim=-1), v.chunk(3, dim=-1)
+            n = (zn + (zr + vr).sigmoid() * vn).tanh()
+            s = (zs + vs).sigmoid()
+            carried = [(1 - s) * n + s * carried[0]]
+        else:
+            carried = [(z + v).tanh() if cell == "tanh" else (z + v).relu()]
+        ys.append(carried[0])
+    return torch.stack(ys, dim=1).to(x.dtype), _widen(carried)
+
+
+@recurrent_layer.path("fused")
+def _fused(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
+           reset: Tensor | None = None) -> tuple[Tensor, Carried]:
+    """The library's kernels; with resets, every document of every row is a row of its own."""
+    dtype = weights[0].dtype
+    with torch.autocast(x.device.type, enabled=False):
+        if reset is None or not bool(reset.any()):
+            y, after = _library(x.to(dtype), None, tuple(s.to(dtype) for s in state), weights, cell)
+        else:
+            y, after = _documents(x.to(dtype), weights, state, cell, reset)
+    return y.to(x.dtype), _widen(after)
+
+
+def _library(x: Tensor, batch_sizes: Tensor | None, state: Carried, weights: Weights, cell: str,
+             ) -> tuple[Tensor, Carried]:
+    kernel = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu, "gru": torch.gru,
+              "lstm": torch.lstm}[cell]
+    hidden = tuple(s[None] for s in state)
+    start = list(hidden) if cell == "lstm" else hidden[0]
+    training = torch.is_grad_enabled()
+    if batch_sizes is None:
+        y, *after = kernel(x, start, list(weights), True, 1, 0.0, training, False, True)
+    else:
+        y, *after = kernel(x, batch_sizes, start, list(weights), True, 1, 0.0, training, False)
+    return y, tuple(s[0] for s in after)
+
+
+def _documents(x: Tensor, weights: Weights, state: Carried, cell: str, reset: Tensor,
+               ) -> tuple[Tensor, Carried]:
+    batch, length, _ = x.shape
+    first = reset.clone()
+    first[:, 0] = True
+    row, start = first.nonzero(as_tuple=True)  # sorted by row, then by time
+    last_of_row = torch.cat([row[1:] != row[:-1], row.new_ones(1, dtype=torch.bool)])
+    end = torch.cat([start[1:], start[:1]]).masked_fill(last_of_row, length)
+    count = end - start
+    steps = torch.arange(int(count.max()), device=x.device)
+    time = (start[:, None] + steps).clamp(max=length - 1)
+    carried = ~reset[row, start]
+    packed = pack_padded_sequence(x[row[:, None], time], count.cpu(), batch_first=True,
+                                  enforce_sorted=False)
+    order = packed.sorted_indices
+    inner = tuple((s.to(x.dtype)[row] * carried[:, None])[order] for s in state)
+    out, after = _library(packed.data, packed.batch_sizes, inner, weights, cell)
+    padded, _ = pad_packed_sequence(packed._replace(data=out), batch_first=True,
+                                    total_length=steps.numel())
+    y = padded[steps < count[:, None]].reshape(batch, length, -1)
+    return y, tuple(s[packed.unsorted_indices][last_of_row] for s in after)
+
+
+def _widen(state: list[Tensor] | Carried) -> Carried:
+    return tuple(s if s.dtype == torch.float64 else s.float() for s in state)

@@ -34,3 +34,14 @@ __all__ = [
     "mixers",
     "state",
 ]
+
+_LATER = {"check": "manyform.laws", "compare": "manyform.lab", "train": "manyform.training",
+          "generate": "manyform.generation"}
+
+
+def __getattr__(name: str) -> object:
+    """The heavier entry points are imported when they are first used."""
+    if name in _LATER:
+        import importlib
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'manyform' has no attribute {name!r}")

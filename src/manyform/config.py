@@ -29,6 +29,7 @@ class ModelConfig:
     pattern: layers, repeated in a cycle to `n_layers`. norm: a name from `manyform.norms`.
     residual: False for plain stacks. tie: the head shares the embedding's weights. position:
     what is added to the embedding. max_length: rows of a learned position table.
+    embedding_std: standard deviation of the embedding's initial weights.
     """
 
     vocab_size: int
@@ -42,6 +43,7 @@ class ModelConfig:
     tie: bool = True
     position: str = "none"
     max_length: int = 2048
+    embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
         for key in ("vocab_size", "d_model", "n_layers", "max_length"):

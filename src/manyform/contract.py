@@ -111,6 +111,8 @@ class SequenceMixer(Mixer):
     name: ClassVar[str] = ""
     state_growth: ClassVar[StateGrowth] = "constant"
     cost_growth: ClassVar[CostGrowth] = "linear"
+    exactly_causal: ClassVar[bool] = True
+    """False where a fast Fourier transform mixes rounding errors (not values) across time."""
 
     @property
     def growth(self) -> tuple[StateGrowth, CostGrowth]:

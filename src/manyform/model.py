@@ -58,7 +58,7 @@ class Model(nn.Module):
         self.config = config
         d, n = config.d_model, config.n_layers
         self.embedding = nn.Embedding(config.vocab_size, d)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_length, d)
             nn.init.normal_(self.positions.weight, std=0.02)

@@ -13,7 +13,8 @@ def _entry(name: str, year: int, paper: str, family: str, pattern: str, note: st
 
 
 # Stacked cells straight into the head: no residual stream, norms or channel mixers before 2016.
-_STACK: dict[str, Any] = dict(norm="none", residual=False, channel=None, tie=False, n_layers=2)
+_STACK: dict[str, Any] = dict(norm="none", residual=False, channel=None, tie=False, n_layers=2,
+                              embedding_std=1.0)
 # The blocks of state-space papers are the mixer alone.
 _ALONE: dict[str, Any] = dict(channel=None)
 

@@ -1,0 +1,326 @@
+"""The laws. Each takes a subject and returns a detail, or raises LawError."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from manyform import state as states
+from manyform.contract import param_hints
+from manyform.errors import ManyformError
+from manyform.laws.compare import TOLERANCE, distance, require_close, require_states_close
+from manyform.laws.report import LawError
+from manyform.laws.subject import Subject
+from manyform.ops.operation import count, use
+from manyform.state import State
+
+
+def streaming(subject: Subject, length: int) -> str:
+    """Any cut of the sequence gives what one call gives: outputs, final state, gradients."""
+    x = subject.input(2, length)
+    prefix = subject.input(2, 5)
+    weights: Tensor | None = None
+    with torch.no_grad():
+        _, warm = subject(prefix)
+
+    def run(pieces: list[int]) -> tuple[Tensor, State, list[Tensor]]:
+        nonlocal weights
+        start = states.map_tensors(
+            lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), warm)
+        inputs = x.clone().requires_grad_()
+        state, ys = start, []
+        for piece in inputs.split(pieces, dim=1):
+            y, state = subject(piece, state)
+            ys.append(y)
+        y = torch.cat(ys, dim=1)
+        if weights is None:
+            weights = subject.weights_like(y)
+        wanted = [inputs, *subject.parameters(),
+                  *(t for t in states.tensors(start) if t.requires_grad)]
+        found = torch.autograd.grad((y.to(weights.dtype) * weights).sum(), wanted,
+                                    allow_unused=True)
+        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found,
+                                                                        strict=True)]
+        return y, state, grads
+
+    whole, whole_state, whole_grads = run([length])
+    cuts = subject.integers(1, length, min(4, length - 1))
+    random = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+    worst = 0.0
+    for name, pieces in (("random cuts", random), ("token by token", [1] * length)):
+        y, state, grads = run(pieces)
+        worst = max(worst, require_close(y, whole, f"outputs, {name},", subject.precision))
+        require_states_close(state, whole_state, f"final states, {name},", subject.precision)
+        scale = max(float(g.abs().max()) for g in whole_grads if g.numel())
+        for got, want in zip(grads, whole_grads, strict=True):
+            if want.numel() and float(want.abs().max()) > 1e-3 * scale:
+                worst = max(worst, require_close(got, want, f"gradients, {name},",
+                                                 subject.precision))
+    with torch.no_grad():
+        alone, _ = subject(x)
+        fresh, _ = subject(x, subject.initial_state(2))
+    require_close(fresh, alone, "outputs from initial_state and from None", subject.precision)
+    return f"largest relative error {worst:.1e}"
+
+
+def causality(subject: Subject, length: int) -> str:
+    """The gradient of output i with respect to input j > i is exactly zero."""
+    x = subject.input(2, length).requires_grad_()
+    y, _ = subject(x)
+    leak = 0.0
+    for i in subject.integers(0, length - 1, min(6, length - 1)):
+        weights = subject.weights_like(y[:, i])
+        (grad,) = torch.autograd.grad((y[:, i].to(weights.dtype) * weights).sum(), x,
+                                      retain_graph=True)
+        leak = max(leak, float(grad[:, i + 1:].abs().max() / grad.abs().max().clamp(min=1e-30)))
+    exact = all(getattr(m, "exactly_causal", True) for m in subject.mixers)
+    allowed = 0.0 if exact else {"float64": 1e-12, "float32": 1e-4, "bfloat16": 1e-2}[
+        subject.precision]
+    if leak > allowed:
+        raise LawError(f"an output depends on a later input: gradient {leak:.2g} of the largest, "
+                       f"allowed {allowed:g}")
+    return "no gradient from the future" if exact else f"to rounding ({leak:.1e}; by FFT)"
+
+
+def packing(subject: Subject, length: int) -> str:
+    """Documents packed with `reset` give what each gives alone, whatever state came before."""
+    x = subject.input(2, length).requires_grad_()
+    with torch.no_grad():
+        _, warm = subject(subject.input(2, 7))
+    bounds = [[0, *subject.integers(1, length, 3), length] for _ in range(2)]
+    reset = torch.zeros(2, length, dtype=torch.bool, device=x.device)
+    for row, edges in enumerate(bounds):
+        reset[row, edges[:-1]] = True
+    y, state = subject(x, warm, reset)
+    weights = subject.weights_like(y)
+    (grad,) = torch.autograd.grad((y.to(weights.dtype) * weights).sum(), x)
+    follow = subject.input(2, 3)
+    with torch.no_grad():
+        after, _ = subject(follow, states.detach(state))
+    worst = 0.0
+    for row, edges in enumerate(bounds):
+        for a, b in zip(edges[:-1], edges[1:], strict=True):
+            piece = x[row:row + 1, a:b].detach().requires_grad_()
+            alone, alone_state = subject(piece)
+            w = weights[row:row + 1, a:b]
+            (alone_grad,) = torch.autograd.grad((alone.to(w.dtype) * w).sum(), piece)
+            worst = max(worst, require_close(y[row:row + 1, a:b], alone, "packed outputs",
+                                             subject.precision),
+                        require_close(grad[row:row + 1, a:b], alone_grad, "packed gradients",
+                                      subject.precision))
+        with torch.no_grad():
+            want, _ = subject(follow[row:row + 1], states.detach(alone_state))
+        require_close(after[row:row + 1], want, "outputs after the last document",
+                      subject.precision)
+    cut = length // 2
+    with torch.no_grad():
+        first, middle = subject(x[:, :cut].detach(), warm, reset[:, :cut])
+        second, _ = subject(x[:, cut:].detach(), middle, reset[:, cut:])
+    require_close(torch.cat([first, second], 1), y, "packed outputs in two chunks",
+                  subject.precision)
+    return f"largest relative error {worst:.1e}"
+
+
+def batch(subject: Subject, length: int) -> str:
+    """A row's result does not depend on its neighbours, even if they are not finite."""
+    x = subject.input(3, length)
+    with torch.no_grad():
+        together, _ = subject(x)
+        x[1] = float("nan")
+        poisoned, _ = subject(x)
+        alone, _ = subject(x[2:])
+    worst = require_close(alone, together[2:], "a row alone and in its batch", subject.precision)
+    for row in (0, 2):
+        require_close(poisoned[row], together[row], "rows beside a poisoned one",
+                      subject.precision)
+    return f"largest relative error {worst:.1e}"
+
+
+def fork(subject: Subject, length: int) -> str:
+    """A state used twice gives the same answer twice, and is not changed by use."""
+    x, other = subject.input(2, 6), subject.input(2, 6)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            _, state = subject(subject.input(2, length))
+            before = states.clone(states.detach(state))
+            first, mine = subject(x, state)
+            mine_before = states.clone(states.detach(mine))
+            for t in range(6):
+                _, state_b = subject(other[:, t:t + 1], state if t == 0 else state_b)
+            again, _ = subject(x, state)
+        if not states.equal(states.detach(state), before):
+            raise LawError("the state was changed in place by using it")
+        if not states.equal(states.detach(mine), mine_before):
+            raise LawError("a state was changed by continuing another fork")
+        if not torch.equal(first, again):
+            raise LawError("the same state gave two different answers: they differ by "
+                           f"{distance(first, again, subject.precision):.2g}")
+    picked = states.select(before, [1, 0, 1])
+    with torch.no_grad():
+        rows, _ = subject(x[[1, 0, 1]], picked)
+    require_close(rows, first[[1, 0, 1]], "outputs from selected rows", subject.precision)
+    return "same bits"
+
+
+def reference(subject: Subject, length: int) -> str:
+    """The fast form equals the reference, forward and gradient, odd lengths included."""
+    worst = 0.0
+    for n in (1, 2, 17, length):
+        x = subject.input(2, n)
+        reset = torch.zeros(2, n, dtype=torch.bool, device=x.device)
+        reset[1, n // 2] = True
+        with torch.no_grad():
+            _, warm = subject(subject.input(2, 5))
+        for state, marks in ((None, None), (warm, reset)):
+            weights = None
+            results = []
+            for path in (None, "reference"):
+                with use(path):
+                    inputs = x.clone().requires_grad_()
+                    y, after = subject(inputs, state, marks)
+                    weights = subject.weights_like(y) if weights is None else weights
+                    grads = torch.autograd.grad(
+                        (y.to(weights.dtype) * weights).sum(), [inputs, *subject.parameters()],
+                        allow_unused=True)
+                results.append((y, after, grads))
+            (y, after, grads), (y0, after0, grads0) = results
+            worst = max(worst, require_close(y, y0, f"fast and reference outputs at length {n}",
+                                             subject.precision))
+            require_states_close(after, after0, f"fast and reference states at length {n}",
+                                 subject.precision)
+            scale = max(float(g.abs().max()) for g in grads0 if g is not None)
+            for got, want in zip(grads, grads0, strict=True):
+                if want is None or float(want.abs().max()) <= 1e-3 * scale:
+                    continue
+                if got is None:
+                    raise LawError("the fast form loses a gradient that the reference has")
+                worst = max(worst, require_close(
+                    got, want, f"fast and reference gradients at length {n}", subject.precision))
+    return f"largest relative error {worst:.1e}"
+
+
+def cost(subject: Subject, length: int) -> str:
+    """Counted operations and measured state bytes equal the declared ones."""
+    for n in (1, length // 3, length):
+        with torch.no_grad(), count() as counter:
+            _, state = subject(subject.input(1, n))
+        declared = subject.cost(n)
+        if counter.total != declared.flops:
+            raise LawError(f"at length {n} the forward pass takes {counter.total} operations "
+                           f"({dict(counter.by_name)}), declared {declared.flops}")
+        if states.nbytes(state) != declared.state_bytes:
+            raise LawError(f"at length {n} the state takes {states.nbytes(state)} bytes, "
+                           f"declared {declared.state_bytes}")
+    sizes = [subject.cost(n).state_bytes for n in (1, 4 * length, 8 * length)]
+    growth = max((m.growth[0] for m in subject.mixers),  # type: ignore[attr-defined]
+                 key=("none", "constant", "window", "linear").index) if all(
+                     hasattr(m, "growth") for m in subject.mixers) else None
+    grows = {"none": sizes[2] == sizes[0], "constant": sizes[2] == sizes[0],
+             "window": sizes[0] <= sizes[1] == sizes[2], "linear": sizes[2] > sizes[1]}
+    if growth is not None and not grows[growth]:
+        raise LawError(f"the state is declared {growth}, and takes {sizes} bytes at lengths "
+                       f"1, {4 * length} and {8 * length}")
+    return f"{subject.cost(length).flops} operations, {subject.cost(length).state_bytes} bytes"
+
+
+def recipe(subject: Subject, length: int) -> str:
+    """Hints name real parameters, and weight decay and learning-rate scales reach the optimizer."""
+    from manyform.training import TrainConfig, param_groups
+    hints = param_hints(subject.module)
+    config = TrainConfig(lr=0.5, weight_decay=0.25)
+    groups = param_groups(subject.module, config)
+    placed = {id(p): g for g in groups for p in g["params"]}
+    if sum(len(g["params"]) for g in groups) != len(placed):
+        raise LawError("a parameter is in two optimizer groups")
+    for name, p in subject.module.named_parameters():
+        group = placed.get(id(p))
+        if group is None:
+            raise LawError(f"the parameter {name} reaches no optimizer group")
+        want = hints[name]
+        if (group["weight_decay"] != 0) != want.weight_decay:
+            raise LawError(f"{name} asks for weight decay {want.weight_decay}, and gets "
+                           f"{group['weight_decay']}")
+        if abs(group["lr"] - 0.5 * want.lr_scale) > 1e-12:
+            raise LawError(f"{name} asks for a learning rate times {want.lr_scale}, and gets "
+                           f"{group['lr'] / 0.5:g}")
+    special = sum(h.lr_scale != 1 for h in hints.values())
+    return f"{len(hints)} parameters, {special} with a learning rate of their own"
+
+
+def persistence(subject: Subject, length: int) -> str:
+    """Saved and loaded, module and state give the same bits."""
+    from safetensors.torch import load_file, save_file
+    x, more = subject.input(2, length), subject.input(2, 4)
+    with torch.no_grad():
+        _, state = subject(x)
+        want, _ = subject(more, state)
+    with tempfile.TemporaryDirectory() as folder:
+        weights, saved = Path(folder) / "weights.safetensors", Path(folder) / "state.safetensors"
+        tied = {k: v.detach().clone() for k, v in subject.module.state_dict().items()}
+        save_file(tied, str(weights))
+        states.save(state, saved)
+        with torch.no_grad():
+            for p in subject.module.parameters():
+                p.zero_()
+        subject.module.load_state_dict(load_file(str(weights)))
+        back = states.to(states.load(saved, like=subject.initial_state(2)), subject.device)
+    if not states.equal(back, states.map_tensors(lambda t: t.to(subject.device), state)):
+        raise LawError("a loaded state differs from the saved one")
+    with torch.no_grad():
+        got, _ = subject(more, back)
+    if not torch.equal(got, want):
+        raise LawError(f"outputs after loading differ by "
+                       f"{distance(got, want, subject.precision):.2g}")
+    return "same bits"
+
+
+def precision(subject: Subject, length: int) -> str:
+    """bfloat16 stays near float32; states that do not grow are kept in float32."""
+    x = subject.input(2, length)
+    with torch.no_grad():
+        low, state = subject(x)
+        subject.precision = "float32"
+        try:
+            want, _ = subject(x)
+        finally:
+            subject.precision = "bfloat16"
+    error = distance(low, want, "bfloat16")
+    if not error <= TOLERANCE["bfloat16"]:
+        raise LawError(f"bfloat16 outputs are {error:.2g} away from float32 (relative norm), "
+                       f"allowed {TOLERANCE['bfloat16']:g}")
+    start = subject.initial_state(2)
+    for now, first in zip(states.tensors(state), states.tensors(start), strict=True):
+        if now.shape == first.shape and now.is_floating_point() and now.dtype != torch.float32:
+            raise LawError(f"a state of fixed size is kept in {now.dtype}, expected float32")
+    return f"relative error {error:.1e}"
+
+
+def refuses_to_stream(subject: Subject, length: int) -> str:
+    """A mixer that is not causal says so when it is asked to continue from a state."""
+    _, state = subject(subject.input(1, 4))
+    try:
+        subject(subject.input(1, 1), state if state is not None else (None,))
+    except ManyformError as error:
+        return f"refused: {error}"
+    raise LawError("a mixer that is declared non-causal accepted a state")
+
+
+Law = Callable[[Subject, int], str]
+ALL = ("float64", "float32", "bfloat16")
+LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
+    "streaming": (streaming, ALL),
+    "causality": (causality, ALL),
+    "packing": (packing, ALL),
+    "batch": (batch, ("float64", "float32")),
+    "fork": (fork, ("float32", "bfloat16")),
+    "reference": (reference, ALL),
+    "cost": (cost, ("float32",)),
+    "recipe": (recipe, ("float32",)),
+    "persistence": (persistence, ("float32",)),
+    "precision": (precision, ("bfloat16",)),
+}
+NEEDS_CAUSAL = ("streaming", "causality", "fork", "persistence")

@@ -61,3 +61,6 @@ def matrix_recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None 
         ys.append(scale * (q_[:, t, :, :, None] * s).sum(2))
     y = torch.stack(ys, dim=1) if ys else v_.new_zeros(batch, 0, heads, value)
     return y.to(v.dtype), s
+
+
+from manyform.ops import chunked_delta  # noqa: E402, F401  (fast forms)

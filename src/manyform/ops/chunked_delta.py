@@ -1,0 +1,410 @@
+"""The fast forms of `matrix_recurrence` with an erase term: chunks of products, and one step.
+
+Within a chunk of C steps, with c_i the sum of log decays up to step i, e_i the sum before it and S
+the state that comes in, unrolling the recurrence gives
+
+    u_i = a_i^T S_{i-1} = exp(e_i) a_i^T S + sum_{j<i} exp(e_i - c_j) (a_i.b_j u_j + a_i.k_j v_j)
+
+so that U solves a unit lower-triangular system and y and the next state are products (Yang 2024,
+"Parallelizing Linear Transformers with the Delta Rule over Sequence Length", section 3; the decay
+as in Yang 2024, "Gated Delta Networks", section 3.3). With T = (I - L)^-1, L the a.b terms and M
+the a.k terms, A_b and A_k those of the query, and hats for rows that carry their decay:
+
+    U = T (M V + A^ S)          y = Q^ S + A_b U + A_k V        S' = exp(c_C) S + B~^T U + K~^T V
+
+U is linear in S, hence S' = F S + N with F and N of every chunk at once, and only S' = F S + N
+runs in sequence. Where k and b are one tensor, W = U + V solves W = T (V + A^ S) and stands for
+both. The backward pass is the same shape: dS = P^T dy + F^T dS' in sequence, the rest at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from manyform.ops.matrix_recurrence import matrix_recurrence
+
+CHUNK = 64
+LIMIT = 60.0
+"""Largest total log decay of a chunk, a channel: two factors of at most exp(30) each, whose masked
+products stay finite in float32 and bfloat16."""
+
+Erase = tuple[Tensor, Tensor]
+
+
+class Frame(NamedTuple):
+    """What decay and resets do to the products of a chunk. N = (T / C) B H chunks, in that order.
+
+    pair: (..., C, C), row i, column j: what a query at i sees of step j (0 if nothing).
+    starts: (T/C, B, C) bool, true where a document begins, or None.
+    mix_x, mix_y: factors of [a; q] and [b; k] in products of one with the other; None is 1.
+    read, write: factors of [a; q] when they read the incoming state, of one of b, k when they
+    write to the outgoing one. keep: (N, K or 1, 1), what the chunk keeps of its incoming state.
+    """
+
+    pair: Tensor
+    starts: Tensor | None
+    mix_x: Tensor | None
+    mix_y: Tensor | None
+    read: Tensor | None
+    write: Tensor | None
+    keep: Tensor | None
+    cumulate: Tensor
+
+
+def _chunks(x: Tensor, size: int) -> Tensor:
+    """(B, T, ...) -> (T/C, B, C, ...), padded with zeros: steps that change nothing."""
+    batch, length = x.shape[:2]
+    if length % size:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, size - length % size))
+    return x.reshape(batch, -1, size, *x.shape[2:]).transpose(0, 1)
+
+
+def _head_chunks(x: Tensor, size: int) -> Tensor:
+    """(B, T, H, D) -> (T/C, B, H, C, D), a view where T is whole chunks."""
+    return _chunks(x, size).transpose(2, 3)
+
+
+def _join(x: Tensor, length: int) -> Tensor:
+    """(T/C, B, H, C, D) -> (B, T, H, D)."""
+    n, batch, heads, size, d = x.shape
+    return x.permute(1, 0, 3, 2, 4).reshape(batch, n * size, heads, d)[:, :length]
+
+
+def _frame(log_decay: Tensor | None, reset: Tensor | None, shape: tuple[int, ...], size: int,
+           dtype: torch.dtype, wide: torch.dtype, device: torch.device) -> tuple[Frame, Tensor | None]:
+    """The frame, and the cumulative log decays (T/C, B, H, C, 1 or K), or None without decay.
+
+    shape: (T/C, B, H). Sums restart with each document, so that nothing of one enters another.
+    """
+    tril = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    starts = first = last = None
+    same = tril
+    if reset is not None:
+        starts = _chunks(reset, size)
+        segment = starts.cumsum(-1)
+        same = tril & (segment[..., :, None] == segment[..., None, :])
+        first = (segment == 0)[:, :, None, :, None]
+        last = (segment == segment[..., -1:])[:, :, None, :, None]
+    cumulate = same.to(wide)
+    pair = same if same.ndim == 2 else same[:, :, None]
+    if log_decay is None:
+        read = write = keep = None
+        if first is not None and last is not None:
+            read = torch.cat([first, first], 3).expand(*shape, -1, -1).to(dtype)
+            write = last.expand(*shape, -1, -1).to(dtype)
+            keep = first[..., -1:, :].expand(*shape, -1, -1).to(wide).flatten(0, 2)
+        return Frame(pair.to(dtype), starts, None, None, read, write, keep, cumulate), None
+    g = _chunks(log_decay, size)
+    c = (cumulate @ g.flatten(3)).reshape(g.shape)
+    c = (c if c.ndim == 5 else c[..., None]).transpose(2, 3)
+    before = F.pad(c[..., :-1, :], (0, 0, 1, 0))
+    ends = c[..., -1:, :]
+    total = torch.cat([before, c], 3)
+    mix_x = mix_y = None
+    if log_decay.ndim == 3:
+        seen = c - c.mT
+        pair = seen.masked_fill_(~pair, -torch.inf).exp_()
+    else:
+        middle = c.amin(3, keepdim=True) / 2
+        mix_x = (total - middle).exp_().to(dtype)
+        mix_y = (middle - c).exp_().to(dtype)
+    read, write, keep = total.exp_(), (ends - c).exp_(), ends.exp()
+    if first is not None and last is not None:
+        # Where a chunk holds two documents ends - c is meaningless for the first, and may be
+        # large: it is replaced, not multiplied.
+        read = read * torch.cat([first, first], 3)
+        write = write.masked_fill(~last, 0)
+        keep = keep * first[..., -1:, :]
+    return Frame(pair.to(dtype), starts, mix_x, mix_y, read.to(dtype), write.to(dtype),
+                 keep.mT.flatten(0, 2), cumulate), c
+
+
+def _mask(products: Tensor, frame: Frame, shape: tuple[int, ...]) -> Tensor:
+    """Apply decay and causality in place to products of [a; q] with [k] or [b; k].
+
+    products: (N, 2C, C or 2C). Query i sees what `pair` says; a_i sees what a query at i - 1 does
+    (it reads the undecayed S_{i-1}), and nothing where a document begins.
+    """
+    size = frame.pair.shape[-1]
+    view = products.view(*shape, 2 * size, -1, size)
+    pair = frame.pair[..., :, None, :]
+    view[..., size:, :, :] *= pair
+    view[..., 1:size, :, :] *= pair[..., :-1, :, :]
+    view[..., 0, :, :] = 0
+    if frame.starts is not None:
+        view[..., :size, :, :].masked_fill_(frame.starts[:, :, None, :, None, None], 0)
+    return products
+
+
+def unit_inverse(lower: Tensor) -> Tensor:
+    """(I - L)^-1 of strictly lower-triangular L: (N, C, C), by halves.
+
+    [[P, 0], [-Q, R]]^-1 = [[P^-1, 0], [R^-1 Q P^-1, R^-1]], both diagonal blocks in one batch.
+    """
+    n, size = lower.shape[:2]
+    if size <= 32:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(eye - lower, eye.expand_as(lower), upper=False,
+                                             unitriangular=True)
+    half = size // 2
+    blocks = unit_inverse(torch.cat([lower[:, :half, :half], lower[:, half:, half:]]))
+    out = torch.zeros_like(lower)
+    out[:, :half, :half], out[:, half:, half:] = blocks[:n], blocks[n:]
+    out[:, half:, :half] = blocks[n:] @ (lower[:, half:, :half] @ blocks[:n])
+    return out
+
+
+class _Parts(NamedTuple):
+    """Products that forward and backward share. Y = [b; k], or k alone where it is b too."""
+
+    x: Tensor          # (N, 2C, K) [a; q]
+    y: Tensor          # (N, C or 2C, K)
+    x_mix: Tensor
+    y_mix: Tensor
+    x_read: Tensor
+    y_write: Tensor
+    products: Tensor   # (N, 2C, C or 2C), masked
+    v: Tensor          # (N, C, V)
+
+
+def _times(x: Tensor, factor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """x: (N, m, K) times a factor (*shape, m or m/2, K or 1), which serves both halves."""
+    if factor is None:
+        return x
+    return (x.view(*shape, -1, factor.shape[3], x.shape[-1]) * factor[:, :, :, None]).view(x.shape)
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, frame: Frame,
+           shape: tuple[int, ...], size: int, scale: float) -> _Parts:
+    x = q.new_empty(*shape, 2 * size, k.shape[-1])
+    x[..., :size, :] = _head_chunks(a, size)
+    torch.mul(_head_chunks(q, size), scale, out=x[..., size:, :])
+    if b is None:
+        y = _head_chunks(k, size).contiguous()
+    else:
+        y = k.new_empty(*shape, 2 * size, k.shape[-1])
+        y[..., :size, :], y[..., size:, :] = _head_chunks(b, size), _head_chunks(k, size)
+    x, y = x.flatten(0, 2), y.flatten(0, 2)
+    x_mix, y_mix = _times(x, frame.mix_x, shape), _times(y, frame.mix_y, shape)
+    products = _mask(x_mix @ y_mix.mT, frame, shape)
+    return _Parts(x, y, x_mix, y_mix, _times(x, frame.read, shape), _times(y, frame.write, shape),
+                  products, _head_chunks(v, size).flatten(0, 2))
+
+
+def _transfer(parts: _Parts, solved: Tensor, frame: Frame, wide: torch.dtype) -> Tensor:
+    """F of every chunk: diag(keep) + B~^T T A^, (N, K, K), from solved = T A^."""
+    size = solved.shape[1]
+    transfer = (parts.y_write[:, :size].mT @ solved).to(wide)
+    diagonal = transfer.diagonal(dim1=1, dim2=2)
+    diagonal += 1 if frame.keep is None else frame.keep[..., 0]
+    return transfer
+
+
+class _ChunkedDelta(torch.autograd.Function):
+    """q, k, v, a, b: (B, T, H, .) in one dtype, b None where it is k; log_decay (B, T, H) or
+    (B, T, H, K) and state (B, H, K, V) in the wide dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None,
+                log_decay: Tensor | None, state: Tensor, reset: Tensor | None, scale: float,
+                size: int) -> tuple[Tensor, Tensor]:
+        batch, length, heads, value = v.shape
+        key, wide = k.shape[-1], state.dtype
+        n = -(-length // size)
+        shape = (n, batch, heads)
+        with torch.autocast(v.device.type, enabled=False):
+            frame, _ = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
+            p = _parts(q, k, v, a, b, frame, shape, size, scale)
+            inverse = unit_inverse(p.products[:, :size, :size].to(wide)).to(v.dtype)
+            right = p.v if b is None else p.products[:, :size, size:] @ p.v
+            solved_v, solved_a = inverse @ right, inverse @ p.x_read[:, :size]
+            transfer = _transfer(p, solved_a, frame, wide)
+            states = torch.empty(n + 1, batch * heads, key, value, dtype=wide, device=v.device)
+            states[0] = state.flatten(0, 1)
+            new = p.y_write[:, :size].mT @ solved_v
+            if b is not None:
+                new = torch.baddbmm(new, p.y_write[:, size:].mT, p.v)
+            states[1:] = new.view_as(states[1:])
+            every = states.unbind(0)
+            for i, f in enumerate(transfer.view(n, -1, key, key).unbind(0)):
+                every[i + 1].baddbmm_(f, every[i])
+            incoming = states[:-1].to(v.dtype).flatten(0, 1)
+            u = torch.baddbmm(solved_v, solved_a, incoming)
+            y = torch.baddbmm(p.x_read[:, size:] @ incoming, p.products[:, size:, :size], u)
+            if b is not None:
+                y = torch.baddbmm(y, p.products[:, size:, size:], p.v)
+        ctx.save_for_backward(q, k, v, a, b, log_decay, reset, inverse, incoming, u)
+        ctx.options = (shape, size, scale, wide)
+        return (_join(y.view(*shape, size, value), length),
+                states[-1].view(batch, heads, key, value).clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> Any:
+        q, k, v, a, b, log_decay, reset, inverse, incoming, u = ctx.saved_tensors
+        shape, size, scale, wide = ctx.options
+        n, batch, heads = shape
+        length, key, value = v.shape[1], k.shape[-1], v.shape[-1]
+        with torch.autocast(v.device.type, enabled=False):
+            frame, c = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
+            p = _parts(q, k, v, a, b, frame, shape, size, scale)
+            # zy = [dL/d(T^-1 u); dy], the gradients of the two halves of x's results
+            zy = v.new_empty(n * batch * heads, 2 * size, value)
+            zy.view(*shape, 2 * size, value)[..., size:, :] = _head_chunks(dy.to(v.dtype), size)
+            dy = zy[:, size:]
+            solved_a = inverse @ p.x_read[:, :size]
+            transfer = _transfer(p, solved_a, frame, wide)
+            reads = torch.baddbmm(p.x_read[:, size:], p.products[:, size:, :size], solved_a)
+            dstates = torch.empty(n + 1, batch * heads, key, value, dtype=wide, device=v.device)
+            dstates[-1] = dstate.flatten(0, 1)
+            dstates[:-1] = (reads.mT @ dy).view_as(dstates[1:])
+            every = dstates.unbind(0)
+            for i, f in reversed(list(enumerate(transfer.view(n, -1, key, key).mT.unbind(0)))):
+                every[i].baddbmm_(f, every[i + 1])
+            outgoing = dstates[1:].to(v.dtype).flatten(0, 1)
+            du = torch.baddbmm(p.y_write[:, :size] @ outgoing, p.products[:, size:, :size].mT, dy)
+            zy[:, :size] = inverse.mT @ du
+            if b is None:
+                uv, dv = u, zy[:, :size]
+            else:
+                uv = torch.cat([u, p.v], 1)
+                dv = torch.baddbmm(p.y_write[:, size:] @ outgoing, p.products[:, :, size:].mT, zy)
+            dproducts = _mask(zy @ uv.mT, frame, shape)
+            dx_read, dy_write = zy @ incoming.mT, uv @ outgoing.mT
+            dx = (_times(dproducts @ p.y_mix, frame.mix_x, shape)
+                  + _times(dx_read, frame.read, shape))
+            dk = (_times(dproducts.mT @ p.x_mix, frame.mix_y, shape)
+                  + _times(dy_write, frame.write, shape))
+            dg = None
+            if log_decay is not None:
+                dg = _decay_gradient(p, frame, dx, dk, dy_write, incoming, dstates[1:], log_decay,
+                                     shape, size)
+            dx, dk = dx.view(*shape, 2, size, key), dk.view(*shape, -1, size, key)
+            return (_join(dx[:, :, :, 1], length) * scale, _join(dk[:, :, :, -1], length),
+                    _join(dv.view(*shape, size, value), length), _join(dx[:, :, :, 0], length),
+                    None if b is None else _join(dk[:, :, :, 0], length), dg,
+                    dstates[0].view(batch, heads, key, value), None, None, None)
+
+
+def _decay_gradient(p: _Parts, frame: Frame, dx: Tensor, dk: Tensor, dy_write: Tensor,
+                    incoming: Tensor, outgoing: Tensor, log_decay: Tensor, shape: tuple[int, ...],
+                    size: int) -> Tensor:
+    """Gradient of the log decays, (B, T, H) or (B, T, H, K).
+
+    Every x_i carries exp(its total), every y_j exp(-its total), so the gradient of a total is
+    x * dx or -y * dy; what a chunk writes and keeps carries exp(the chunk's total) besides.
+    """
+    wide, key = log_decay.dtype, p.x.shape[-1]
+    n, batch, heads = shape
+
+    def total(left: Tensor, right: Tensor) -> Tensor:
+        both = left.to(wide) * right
+        return both if log_decay.ndim == 4 else both.sum(-1, keepdim=True)
+
+    by_x = total(p.x, dx).view(*shape, 2, size, -1)
+    by_y = total(p.y, dk).view(*shape, -1, size, by_x.shape[-1]).sum(3)
+    dc = by_x[:, :, :, 1] - by_y
+    dc[..., :-1, :] += by_x[:, :, :, 0, 1:]
+    ends = total(p.y_write, dy_write).sum(1)
+    kept = (incoming.to(wide) * outgoing.view_as(incoming)).sum(-1)
+    assert frame.keep is not None
+    kept = frame.keep[..., 0] * (kept if log_decay.ndim == 4 else kept.sum(-1, keepdim=True))
+    dc[..., -1, :] += (ends + kept).view(n, batch, heads, -1)
+    dg = frame.cumulate.mT @ dc.transpose(2, 3).flatten(3)
+    dg = dg.view(n, batch, size, *log_decay.shape[2:]).transpose(0, 1)
+    return dg.reshape(batch, n * size, *log_decay.shape[2:])[:, :log_decay.shape[1]]
+
+
+def _has_erase(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None,
+               erase: Erase | None = None, state: Tensor | None = None,
+               reset: Tensor | None = None, scale: float = 1.0) -> bool:
+    return erase is not None and v.shape[1] > 0
+
+
+def _chunk_size(log_decay: Tensor | None, length: int) -> int | None:
+    """Steps in a chunk; None where decays are too strong for any chunk of products.
+
+    Only decays of a channel limit it: they are split into two factors, one on each side.
+    """
+    size = 16 if length <= 16 else 32 if length <= 32 else CHUNK
+    if log_decay is None or log_decay.ndim < 4:
+        return size
+    while size >= 8:
+        worst = _chunks(log_decay.detach(), size).sum(2).amin()
+        if float(worst) >= -LIMIT:
+            return size
+        size //= 2
+    return None
+
+
+@matrix_recurrence.path("chunked_delta", when=_has_erase)
+def chunked_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None,
+                  erase: Erase | None = None, state: Tensor | None = None,
+                  reset: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`matrix_recurrence` with an erase term, in chunks; products in the dtype of v (float32 for
+    float16), inverses and states in float32 (float64 for float64 input)."""
+    assert erase is not None
+    batch, length, heads, value = v.shape
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    dtype = v.dtype if v.dtype in (torch.bfloat16, torch.float64) else torch.float32
+    g = None
+    if log_decay is not None:
+        g = log_decay.to(wide)
+        g = g.expand(batch, length, heads) if g.ndim == 1 else g
+    size = _chunk_size(g, length)
+    if size is None:
+        return matrix_recurrence.reference(q, k, v, log_decay, erase, state, reset, scale)
+
+    def per_head(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+    if state is None:
+        state = torch.zeros(batch, heads, k.shape[-1], value, dtype=wide, device=v.device)
+    b = None if erase[1] is k else per_head(erase[1])
+    y, state = _ChunkedDelta.apply(per_head(q), per_head(k), v.to(dtype), per_head(erase[0]), b, g,
+                                   state.to(wide), reset, scale, size)
+    return y.to(v.dtype), state
+
+
+def _is_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None,
+             erase: Erase | None = None, state: Tensor | None = None,
+             reset: Tensor | None = None, scale: float = 1.0) -> bool:
+    return erase is not None and v.shape[1] == 1
+
+
+@matrix_recurrence.path("delta_step", when=_is_step)
+def delta_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None,
+               erase: Erase | None = None, state: Tensor | None = None,
+               reset: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`matrix_recurrence` with an erase term for T = 1, as decoding needs it."""
+    assert erase is not None
+    batch, _, heads, value = v.shape
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+
+    def column(x: Tensor) -> Tensor:
+        x = x.to(wide)
+        x = x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+        return x.view(batch, heads, -1, 1) if x.is_contiguous() else x[:, 0, :, :, None]
+
+    with torch.autocast(v.device.type, enabled=False):
+        q_, k_, a_, row = column(q), column(k), column(erase[0]), column(v).mT
+        if state is None:
+            s = k_ * row
+        else:
+            s = state.to(wide)
+            if reset is not None:
+                s = s.masked_fill(reset[:, :, None, None], 0)
+            u = a_.mT @ s
+            if log_decay is not None:
+                g = log_decay if log_decay.ndim == 1 else log_decay[:, 0]
+                s = s * g.to(wide).exp().reshape(*(1,) * (2 - g.ndim), *g.shape,
+                                                 *(1,) * (4 - max(g.ndim, 2)))
+            s = s + (k_ * (u + row) if erase[1] is k else column(erase[1]) * u + k_ * row)
+        y = (q_.mT @ s).mT.view(batch, 1, heads, value)
+        return (y if scale == 1.0 else y * scale).to(v.dtype), s

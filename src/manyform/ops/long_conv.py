@@ -1,0 +1,143 @@
+"""Causal convolution of a sequence with a filter as long as the sequence, one filter a channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from manyform.ops.operation import operation
+
+SHORT = 64
+"""Up to this length a Toeplitz matrix a channel is faster than Fourier transforms."""
+
+
+def fast_size(n: int) -> int:
+    """The smallest 2^a 3^b 5^c that is at least n: sizes that Fourier transforms like."""
+    best = 1 << (n - 1).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            best = min(best, three << max(0, -(-n // three) - 1).bit_length())
+            three *= 3
+        five *= 5
+    return best
+
+
+def long_conv_flops(batch: int, length: int, channels: int) -> int:
+    """Operations of the Fourier form: real transforms of size n = 2 length, 5/2 n log2 n each, of
+    the input, the filter (once for all rows) and the product, and n / 2 complex products (3 n)."""
+    n = 2 * length
+    transform = 5 * n * math.log2(n) / 2
+    return round(channels * ((2 * batch + 1) * transform + batch * 3 * n))
+
+
+def _flops(x: Tensor, k: Tensor, reset: Tensor | None = None) -> int:
+    return long_conv_flops(*x.shape)
+
+
+@operation(flops=_flops)
+def long_conv(x: Tensor, k: Tensor, reset: Tensor | None = None) -> Tensor:
+    """y_t = sum_{s <= t} k_{t-s} x_s, channel by channel, s not before the document of t begins.
+
+    Romero 2022 (CKConv, eq. 3); Poli 2023 (Hyena, section 2.1). The Fourier form (Cooley & Tukey
+    1965) needs O(T log T) operations; its rounding, about 1e-7 of the largest term, reaches every
+    output of a document, the ones before an input included.
+
+    x: (B, T, D); k: (D, L) filters, zero from L on (L may be shorter or longer than T);
+    reset: (B, T) bool, true where a document begins. Returns y: (B, T, D) in the dtype of x,
+    computed in float32 (float64 for float64 input).
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x_, k_ = x.to(wide), k.to(wide)
+    y = torch.zeros_like(x_)
+    keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    for lag in range(min(x.shape[1], k.shape[1])):
+        if lag > 0:  # x_{t-lag} is kept while no document begins in (t - lag, t]
+            x_ = F.pad(x_, (0, 0, 1, 0))[:, :-1]
+            keep = F.pad(keep, (1, 0))[:, :-1]
+            if reset is not None:
+                keep = keep & ~reset
+        y = y + torch.where(keep[..., None], k_[:, lag] * x_, 0)
+    return y.to(x.dtype)
+
+
+@long_conv.path("fft")
+def _fourier(x: Tensor, k: Tensor, reset: Tensor | None = None) -> Tensor:
+    """Fourier transforms; matrices for documents of up to `SHORT` tokens."""
+    if reset is not None and bool(reset[:, 1:].any()):
+        return _by_document(x, k, reset)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.shape[1] <= SHORT:
+            return _toeplitz(x, k)
+        return _FourierConv.apply(x, k[:, :x.shape[1]])
+
+
+def _toeplitz(x: Tensor, k: Tensor) -> Tensor:
+    length = x.shape[1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    k_ = F.pad(k.to(wide)[:, :length], (length - 1, max(0, length - k.shape[1])))
+    matrix = k_.unfold(1, length, 1).flip(1)  # [d, s, t] = k_{t-s}
+    return torch.einsum("bsd,dst->btd", x.to(wide), matrix).to(x.dtype)
+
+
+def _by_document(x: Tensor, k: Tensor, reset: Tensor) -> Tensor:
+    """Each document as a row of its own; rows of like length (within a factor of two) together."""
+    batch, length, d = x.shape
+    begins = reset.clone()
+    begins[:, 0] = True
+    first = begins.flatten().nonzero().flatten()
+    lengths = torch.diff(first, append=first.new_tensor([batch * length]))
+    classes = torch.ceil(torch.log2(lengths.clamp(min=8).double())).long()
+    flat, y = x.reshape(-1, d), x.new_zeros(batch * length, d)
+    for c in classes.unique().tolist():
+        members = classes == c
+        steps = torch.arange(int(lengths[members].max()), device=x.device)
+        inside = steps < lengths[members][:, None]
+        place = torch.where(inside, first[members][:, None] + steps, 0)
+        rows = torch.where(inside[..., None], flat[place], 0)
+        y = y.index_put((place[inside],), _fourier(rows, k)[inside])
+    return y.view(batch, length, d)
+
+
+class _FourierConv(torch.autograd.Function):
+    """y = F^-1(F(x) F(k)) with zeros behind both; the gradients are the two correlations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: Tensor) -> Tensor:
+        length = x.shape[1]
+        ctx.n = fast_size(length + k.shape[1] - 1)
+        ctx.width, ctx.dtype = k.shape[1], k.dtype
+        kf = torch.fft.rfft(k.to(_wide(x)), n=ctx.n)
+        xf = _spectrum(x, ctx.n)
+        ctx.save_for_backward(xf, kf)
+        y = torch.fft.irfft(xf * kf, n=ctx.n)[..., :length]
+        return y.to(x.dtype).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        xf, kf = ctx.saved_tensors
+        (g,) = grads
+        length = g.shape[1]
+        gf = _spectrum(g, ctx.n)
+        dx = dk = None
+        if ctx.needs_input_grad[1]:
+            dk = torch.fft.irfft((gf * xf.conj()).sum(0), n=ctx.n)[..., :ctx.width].to(ctx.dtype)
+        if ctx.needs_input_grad[0]:
+            dx = torch.fft.irfft(gf * kf.conj(), n=ctx.n)[..., :length]
+            dx = dx.to(g.dtype).transpose(1, 2).contiguous()
+        return dx, dk
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _spectrum(x: Tensor, n: int) -> Tensor:
+    """(B, T, D) -> the transform along T, zeros behind, (B, D, n / 2 + 1) complex."""
+    turned = x.transpose(1, 2).contiguous().to(_wide(x))
+    return torch.fft.rfft(turned, n=n)

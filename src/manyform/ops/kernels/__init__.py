@@ -1,19 +1,72 @@
-"""Loops compiled for the CPU by numba; modules here are imported only when a path needs them."""
+"""Loops compiled for the CPU by numba; modules here are imported only when a path needs them.
+
+Threads. Torch runs its own loops on an OpenMP pool whose workers spin for milliseconds after each
+loop. A second pool would have to share the cores with those spinning workers (measured on two
+cores, alternating a 0.3 ms loop with torch operations: numba's workqueue layer and a pool of
+Python threads each lost 30%). numba's OpenMP layer loses nothing: torch loads its OpenMP library
+into the process's global namespace, numba's layer resolves to the same one, and both work on one
+pool. So the OpenMP layer comes first here, and the others serve where it is missing. A process
+that has used OpenMP must not use it again after a fork, so in a forked child (not a spawned one)
+the torch forms serve.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import sys
 
+import torch
 from torch import Tensor
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 @functools.cache
-def available() -> bool:
-    """True if numba can be imported; without it the torch forms serve."""
+def _installed() -> bool:
     return importlib.util.find_spec("numba") is not None
+
+
+def available() -> bool:
+    """True if compiled loops can run here: numba is installed and this is no forked process."""
+    return _installed() and not _forked
 
 
 def usable(*tensors: Tensor | None) -> bool:
     """True if a compiled loop can serve these tensors: numba is here and all lie on the CPU."""
     return available() and all(t is None or t.device.type == "cpu" for t in tensors)
+
+
+def single(*tensors: Tensor | None) -> bool:
+    """True if every floating-point tensor is float32 or bfloat16, which `lanes` can load."""
+    return all(t is None or t.dtype in (torch.float32, torch.bfloat16)
+               or not t.is_floating_point() for t in tensors)
+
+
+def threads() -> int:
+    """Give numba as many threads as torch uses, and say how many; call it before each loop."""
+    import numba
+    count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != count:
+        numba.set_num_threads(count)
+    return count
+
+
+def _prefer_openmp() -> None:
+    order = "omp tbb workqueue"
+    os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", order)
+    if "numba" in sys.modules:  # it has read the environment already
+        sys.modules["numba"].config.THREADING_LAYER_PRIORITY = order.split()
+
+
+_prefer_openmp()

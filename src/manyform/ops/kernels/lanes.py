@@ -1,0 +1,209 @@
+"""Sixteen float32 lanes as one value inside numba functions, and bfloat16 memory.
+
+LLVM turns `<16 x float>` into the widest vectors that the machine has (one AVX-512 register, two
+AVX2 ones, four NEON ones), so loops written with these need no luck with the auto-vectoriser.
+bfloat16 tensors are seen as uint16 arrays; values are float32 as soon as they are loaded.
+"""
+
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+from torch import Tensor
+
+WIDTH = 16
+FAST = {"contract", "nsz", "arcp"}
+"""Fast-math that keeps NaN and infinity, which training must be able to see, and the order of
+additions, which the rounding trick of `exp2` needs."""
+
+_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_V16, _V32, _VF = (ir.VectorType(t, WIDTH) for t in (_I16, _I32, _F32))
+_FLAGS = ("contract", "nsz", "arcp")
+
+
+class Lanes(types.Type):
+    """numba's type of sixteen float32 lanes."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Lanes")
+
+
+lanes = Lanes()
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, kind) -> None:
+        super().__init__(manager, kind, _VF)
+
+
+def _splat(builder, value, vector):
+    """The scalar in every lane of a vector of the given type."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    zeros = ir.Constant(_V32, [0] * WIDTH)
+    return builder.shuffle_vector(one, undefined, zeros)
+
+
+def _const(builder, value):
+    kind = _VF if isinstance(value, float) else _V32
+    return ir.Constant(kind, [value] * WIDTH)
+
+
+def _pointer(context, builder, array_type, array, index, kind):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+
+def _round_to_bfloat16(builder, bits, make):
+    """Upper halves of float32 bit patterns, rounded to the nearest even; NaN stays NaN."""
+    odd = builder.and_(builder.lshr(bits, make(16)), make(1))
+    near = builder.add(bits, builder.add(odd, make(0x7FFF)))
+    nan = builder.icmp_unsigned(">", builder.and_(bits, make(0x7FFFFFFF)), make(0x7F800000))
+    return builder.lshr(builder.select(nan, make(0x7FC00000), near), make(16))
+
+
+@intrinsic
+def load(typing, array, index):
+    """Sixteen neighbours of a float32 or bfloat16 array, from `index` on."""
+    def generate(context, builder, signature, args):
+        if array.dtype == types.float32:
+            at = _pointer(context, builder, array, args[0], args[1], _VF)
+            return builder.load(at, align=4)
+        at = _pointer(context, builder, array, args[0], args[1], _V16)
+        wide = builder.zext(builder.load(at, align=2), _V32)
+        return builder.bitcast(builder.shl(wide, _const(builder, 16)), _VF)
+    return lanes(array, types.intp), generate
+
+
+@intrinsic
+def store(typing, array, index, value):
+    """Write sixteen lanes to a float32 or bfloat16 array."""
+    def generate(context, builder, signature, args):
+        if array.dtype == types.float32:
+            at = _pointer(context, builder, array, args[0], args[1], _VF)
+            builder.store(args[2], at, align=4)
+        else:
+            at = _pointer(context, builder, array, args[0], args[1], _V16)
+            bits = builder.bitcast(args[2], _V32)
+            half = _round_to_bfloat16(builder, bits, lambda c: _const(builder, c))
+            builder.store(builder.trunc(half, _V16), at, align=2)
+        return context.get_dummy_value()
+    return types.void(array, types.intp, lanes), generate
+
+
+@intrinsic
+def get(typing, array, index):
+    """One element of a float32 or bfloat16 array, as float32."""
+    def generate(context, builder, signature, args):
+        if array.dtype == types.float32:
+            return builder.load(_pointer(context, builder, array, args[0], args[1], _F32))
+        half = builder.load(_pointer(context, builder, array, args[0], args[1], _I16))
+        return builder.bitcast(builder.shl(builder.zext(half, _I32), _I32(16)), _F32)
+    return types.float32(array, types.intp), generate
+
+
+@intrinsic
+def put(typing, array, index, value):
+    """Write one float32 to a float32 or bfloat16 array."""
+    def generate(context, builder, signature, args):
+        if array.dtype == types.float32:
+            builder.store(args[2], _pointer(context, builder, array, args[0], args[1], _F32))
+        else:
+            half = _round_to_bfloat16(builder, builder.bitcast(args[2], _I32), _I32)
+            at = _pointer(context, builder, array, args[0], args[1], _I16)
+            builder.store(builder.trunc(half, _I16), at)
+        return context.get_dummy_value()
+    return types.void(array, types.intp, types.float32), generate
+
+
+@intrinsic
+def splat(typing, value):
+    """One float32 in every lane."""
+    return (lanes(types.float32),
+            lambda context, builder, signature, args: _splat(builder, args[0], _VF))
+
+
+@intrinsic
+def total(typing, value):
+    """The sum of the lanes, as float32."""
+    def generate(context, builder, signature, args):
+        sum_type = ir.FunctionType(_F32, [_F32, _VF])
+        name = f"llvm.vector.reduce.fadd.v{WIDTH}f32"
+        reduce = cgutils.get_or_insert_function(builder.module, sum_type, name)
+        return builder.call(reduce, [_F32(0.0), args[0]], fastmath=("reassoc", "nsz"))
+    return types.float32(lanes), generate
+
+
+@intrinsic
+def maximum(typing, a, b):
+    """The larger of two lanes, lane by lane; NaN where a is NaN."""
+    def generate(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[1], args[0])
+    return lanes(lanes, lanes), generate
+
+
+@intrinsic
+def largest(typing, value):
+    """The largest lane, as float32."""
+    def generate(context, builder, signature, args):
+        max_type = ir.FunctionType(_F32, [_VF])
+        name = f"llvm.vector.reduce.fmax.v{WIDTH}f32"
+        reduce = cgutils.get_or_insert_function(builder.module, max_type, name)
+        return builder.call(reduce, [args[0]])
+    return types.float32(lanes), generate
+
+
+# 2^f on [-1/2, 1/2] with 2^0 = 1: the polynomial of least relative error, 9.2e-8.
+_EXP2 = (1.0, 0.69314698, 0.24022242, 0.055507337, 0.0096715127, 0.0013264727)
+
+
+@intrinsic
+def exp2(typing, value):
+    """2^x for x <= 126, with a relative error of 2e-7; below -126 it stays at 2^-126."""
+    def generate(context, builder, signature, args):
+        low = _const(builder, -126.0)
+        x = builder.select(builder.fcmp_ordered("<", args[0], low), low, args[0])
+        # Adding 1.5 * 2^23 leaves the nearest whole number in the low bits of the sum.
+        magic = _const(builder, 12582912.0)
+        shifted = builder.fadd(x, magic)
+        f = builder.fsub(x, builder.fsub(shifted, magic))
+        p = _const(builder, _EXP2[-1])
+        for c in _EXP2[-2::-1]:
+            p = builder.fadd(builder.fmul(p, f, flags=_FLAGS), _const(builder, c), flags=_FLAGS)
+        exponent = builder.shl(builder.bitcast(shifted, _V32), _const(builder, 23))
+        return builder.bitcast(builder.add(builder.bitcast(p, _V32), exponent), _VF)
+    return lanes(lanes), generate
+
+
+def _arithmetic(name, symbol):
+    @intrinsic
+    def compute(typing, a, b):
+        def generate(context, builder, signature, args):
+            return getattr(builder, name)(args[0], args[1], flags=_FLAGS)
+        return lanes(lanes, lanes), generate
+
+    @overload(symbol)
+    def _(a, b):
+        if isinstance(a, Lanes) and isinstance(b, Lanes):
+            return lambda a, b: compute(a, b)
+        return None
+
+
+for _name, _symbol in (("fadd", operator.add), ("fsub", operator.sub), ("fmul", operator.mul),
+                       ("fdiv", operator.truediv)):
+    _arithmetic(_name, _symbol)
+
+
+def flat(x: Tensor):
+    """The memory of a tensor from its first to its last element, as a 1-D array, to be indexed
+    with the tensor's own strides; float32 as it is, bfloat16 as uint16."""
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    line = x.detach().as_strided((span,), (1,))
+    return (line.view(torch.uint16) if x.dtype == torch.bfloat16 else line).numpy()

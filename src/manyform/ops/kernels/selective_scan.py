@@ -1,0 +1,257 @@
+"""The selective scan and its gradient for the CPU, never holding (batch, length, channels, N).
+
+Sixteen channels at a time in one vector, so that B_t and C_t are scalars to the inner loop and no
+sum over lanes is needed there. The forward pass keeps the state only at the start of every chunk
+of CHUNK steps; the backward pass recomputes the states of one chunk in scratch memory that stays
+in the second-level cache, and walks it in reverse. Work is shared out as (row, group of
+channels); sums over channels go to buffers of one group each, added up afterwards in a fixed
+order, so results do not depend on timing.
+
+Layout inside: arrays are flat and indexed with strides; a = A log2(e) is (N, D) with D padded
+to whole vectors, states are (N, D padded).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from manyform.ops.kernels.lanes import FAST, WIDTH, exp2, flat, get, load, put, splat, store, total
+
+CHUNK = 32
+LN2 = np.float32(0.6931471805599453)
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def _pack(source, at, stride, steps, lanes_used, into, offset):
+    """Copy `steps` rows of one vector of channels to a contiguous float32 scratch, 0 past the end."""
+    for t in range(steps):
+        if lanes_used == WIDTH:
+            store(into, offset + t * WIDTH, load(source, at + t * stride))
+        else:
+            for j in range(WIDTH):
+                into[offset + t * WIDTH + j] = (
+                    get(source, at + t * stride + j) if j < lanes_used else np.float32(0))
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def _unpack(scratch, offset, steps, lanes_used, target, at, stride):
+    """The inverse of `_pack`, dropping the lanes past the end."""
+    for t in range(steps):
+        if lanes_used == WIDTH:
+            store(target, at + t * stride, load(scratch, offset + t * WIDTH))
+        else:
+            for j in range(lanes_used):
+                put(target, at + t * stride + j, scratch[offset + t * WIDTH + j])
+
+
+@numba.njit(fastmath=FAST, parallel=True, cache=True)
+def forward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, states, starts, y, shape, groups):
+    """y, the state after the last step (in `states`, which holds the first one at the call), and
+    the state before each chunk (in `starts`, unless it is empty).
+
+    x, dt, b, c: flat arrays, with (batch, time) strides in xs, dts, bs, cs; y: flat, contiguous;
+    reset: (B, T) uint8 or empty; skip: (padded D,); states: (B, N, padded D);
+    starts: flat (B, chunks, N, padded D).
+    """
+    batch, length, width, n_state = shape
+    padded = a.shape[1]
+    vectors = padded // WIDTH
+    chunks = (length + CHUNK - 1) // CHUNK
+    for task in numba.prange(batch * groups):
+        row, group = task // groups, task % groups
+        first, last = vectors * group // groups, vectors * (group + 1) // groups
+        pdt = np.empty(CHUNK * WIDTH, np.float32)
+        px = np.empty(CHUNK * WIDTH, np.float32)
+        py = np.empty(CHUNK * WIDTH, np.float32)
+        h = states[row].reshape(-1)
+        af = a.reshape(-1)
+        pb = np.empty(CHUNK * n_state, np.float32)
+        pc = np.empty(CHUNK * n_state, np.float32)
+        for k in range(chunks):
+            t0 = k * CHUNK
+            steps = min(CHUNK, length - t0)
+            for t in range(steps):
+                for n in range(n_state):
+                    pb[t * n_state + n] = get(b, row * bs[0] + (t0 + t) * bs[1] + n)
+                    pc[t * n_state + n] = get(c, row * cs[0] + (t0 + t) * cs[1] + n)
+            for v in range(first, last):
+                used = min(WIDTH, width - v * WIDTH)
+                col = v * WIDTH
+                _pack(x, row * xs[0] + t0 * xs[1] + col, xs[1], steps, used, px, 0)
+                _pack(dt, row * dts[0] + t0 * dts[1] + col, dts[1], steps, used, pdt, 0)
+                if starts.shape[0] > 0:
+                    for n in range(n_state):
+                        store(starts, ((row * chunks + k) * n_state + n) * padded + col,
+                              load(h, n * padded + col))
+                d_skip = load(skip, col)
+                for t in range(steps):
+                    if reset.shape[0] > 0 and reset[row, t0 + t]:
+                        for n in range(n_state):
+                            store(h, n * padded + col, splat(np.float32(0)))
+                    xt, dtt = load(px, t * WIDTH), load(pdt, t * WIDTH)
+                    u = xt * dtt
+                    acc = xt * d_skip
+                    for n in range(n_state):
+                        at = n * padded + col
+                        state = (exp2(dtt * load(af, at)) * load(h, at)
+                                 + u * splat(pb[t * n_state + n]))
+                        store(h, at, state)
+                        acc = acc + splat(pc[t * n_state + n]) * state
+                    store(py, t * WIDTH, acc)
+                _unpack(py, 0, steps, used, y, (row * length + t0) * width + col, width)
+
+
+@numba.njit(fastmath=FAST, parallel=True, cache=True)
+def backward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, starts, dy, dys, dstates,
+             dx, ddt, db, dc, da, dskip, shape, groups):
+    """Gradients. dstates: (B, N, padded D), the gradient of the last state at the call and of
+    the first one afterwards; dx, ddt: flat, contiguous (B, T, D); db, dc: (groups, B, T, N);
+    da: (B, N, padded D) of a, dskip: (B, padded D), both zero at the call."""
+    batch, length, width, n_state = shape
+    padded = a.shape[1]
+    vectors = padded // WIDTH
+    chunks = (length + CHUNK - 1) // CHUNK
+    for task in numba.prange(batch * groups):
+        row, group = task // groups, task % groups
+        first, last = vectors * group // groups, vectors * (group + 1) // groups
+        pdt = np.empty(CHUNK * WIDTH, np.float32)
+        px = np.empty(CHUNK * WIDTH, np.float32)
+        pdy = np.empty(CHUNK * WIDTH, np.float32)
+        pb = np.empty(CHUNK * n_state, np.float32)
+        pc = np.empty(CHUNK * n_state, np.float32)
+        line = n_state * WIDTH
+        h = np.empty((CHUNK + 1) * line, np.float32)  # row t: the state before step t
+        e = np.empty(CHUNK * line, np.float32)
+        sum_b = np.empty(CHUNK * line, np.float32)
+        sum_c = np.empty(CHUNK * line, np.float32)
+        g = dstates[row].reshape(-1)
+        af = a.reshape(-1)
+        daf = da[row].reshape(-1)
+        dskipf = dskip[row]
+        zero = splat(np.float32(0))
+        for k in range(chunks - 1, -1, -1):
+            t0 = k * CHUNK
+            steps = min(CHUNK, length - t0)
+            for t in range(steps):
+                for n in range(n_state):
+                    pb[t * n_state + n] = get(b, row * bs[0] + (t0 + t) * bs[1] + n)
+                    pc[t * n_state + n] = get(c, row * cs[0] + (t0 + t) * cs[1] + n)
+            for i in range(steps * n_state):
+                store(sum_b, i * WIDTH, zero)
+                store(sum_c, i * WIDTH, zero)
+            for v in range(first, last):
+                used = min(WIDTH, width - v * WIDTH)
+                col = v * WIDTH
+                _pack(x, row * xs[0] + t0 * xs[1] + col, xs[1], steps, used, px, 0)
+                _pack(dt, row * dts[0] + t0 * dts[1] + col, dts[1], steps, used, pdt, 0)
+                _pack(dy, row * dys[0] + t0 * dys[1] + col, dys[1], steps, used, pdy, 0)
+                for n in range(n_state):
+                    store(h, n * WIDTH,
+                          load(starts, ((row * chunks + k) * n_state + n) * padded + col))
+                for t in range(steps):
+                    dtt = load(pdt, t * WIDTH)
+                    u = load(px, t * WIDTH) * dtt
+                    restart = reset.shape[0] > 0 and reset[row, t0 + t] != 0
+                    for n in range(n_state):
+                        at = t * line + n * WIDTH
+                        decay = zero if restart else exp2(dtt * load(af, n * padded + col))
+                        store(e, at, decay)
+                        store(h, at + line, decay * load(h, at) + u * splat(pb[t * n_state + n]))
+                d_skip = load(skip, col)
+                dskip_sum = load(dskipf, col)
+                for t in range(steps - 1, -1, -1):
+                    xt, dtt, dyt = load(px, t * WIDTH), load(pdt, t * WIDTH), load(pdy, t * WIDTH)
+                    u = xt * dtt
+                    du, slope = zero, zero  # gradients of dt x, and of dt through the decay
+                    for n in range(n_state):
+                        at, here = t * line + n * WIDTH, n * padded + col
+                        i = t * n_state + n
+                        gt = load(g, here) + splat(pc[i]) * dyt
+                        store(sum_c, i * WIDTH, load(sum_c, i * WIDTH) + dyt * load(h, at + line))
+                        store(sum_b, i * WIDTH, load(sum_b, i * WIDTH) + gt * u)
+                        du = du + gt * splat(pb[i])
+                        ge = gt * load(e, at)
+                        store(g, here, ge)
+                        w = ge * load(h, at)
+                        slope = slope + w * load(af, here)
+                        store(daf, here, load(daf, here) + w * dtt)
+                    store(pdt, t * WIDTH, slope * splat(LN2) + du * xt)
+                    store(px, t * WIDTH, du * dtt + d_skip * dyt)
+                    dskip_sum = dskip_sum + xt * dyt
+                store(dskipf, col, dskip_sum)
+                _unpack(px, 0, steps, used, dx, (row * length + t0) * width + col, width)
+                _unpack(pdt, 0, steps, used, ddt, (row * length + t0) * width + col, width)
+            for t in range(steps):
+                for n in range(n_state):
+                    i = (t * n_state + n) * WIDTH
+                    db[group, row, t0 + t, n] = total(load(sum_b, i))
+                    dc[group, row, t0 + t, n] = total(load(sum_c, i))
+
+
+_NO_RESET = np.zeros((0, 0), np.uint8)
+_NO_STARTS = np.zeros(0, np.float32)
+
+
+def scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, A: Tensor, D: Tensor | None, h: Tensor,
+         reset: Tensor | None, training: bool, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, D), the last state (B, D, N), and the states that the gradient needs.
+
+    Arguments as in the operation, dense in their last dimension; float32 or bfloat16.
+    """
+    batch, length, width = x.shape
+    n = A.shape[1]
+    a, skip = _padded(A, D)
+    states = F.pad(h.detach().transpose(1, 2), (0, a.shape[1] - width)).contiguous()
+    chunks = (length + CHUNK - 1) // CHUNK
+    starts = torch.empty(batch * chunks * n * a.shape[1] if training else 0)
+    y = torch.empty(batch, length, width, dtype=x.dtype)
+    forward(*_line(x), *_line(dt), *_line(b), *_line(c), a.numpy(), skip.numpy(), _bytes(reset),
+            states.numpy(), starts.numpy(), flat(y), (batch, length, width, n),
+            _groups(batch, a.shape[1], threads))
+    return y, states[:, :, :width].transpose(1, 2).contiguous(), starts
+
+
+def scan_gradient(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, A: Tensor, D: Tensor | None,
+                  reset: Tensor | None, starts: Tensor, dy: Tensor, dstate: Tensor, threads: int,
+                  ) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, A, B, C, D and the first state, given those of `scan`'s results."""
+    batch, length, width = x.shape
+    n = A.shape[1]
+    a, skip = _padded(A, D)
+    padded = a.shape[1]
+    groups = _groups(batch, padded, threads)
+    g = F.pad(dstate.transpose(1, 2), (0, padded - width)).contiguous()
+    dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=dt.dtype)
+    db, dc = torch.empty(2, groups, batch, length, n)
+    da, dskip = torch.zeros(batch, n, padded), torch.zeros(batch, padded)
+    backward(*_line(x), *_line(dt), *_line(b), *_line(c), a.numpy(), skip.numpy(), _bytes(reset),
+             starts.numpy(), *_line(dy), g.numpy(), flat(dx), flat(ddt), db.numpy(), dc.numpy(),
+             da.numpy(), dskip.numpy(), (batch, length, width, n), groups)
+    return (dx, ddt, da.sum(0)[:, :width].T, db.sum(0), dc.sum(0), dskip.sum(0)[:width],
+            g[:, :, :width].transpose(1, 2))
+
+
+def _padded(A: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A log2(e) as (N, D padded to whole vectors), and the skip weights (D padded)."""
+    more = -A.shape[0] % WIDTH
+    a = F.pad(A.detach().float().T * math.log2(math.e), (0, more)).contiguous()
+    return a, a.new_zeros(a.shape[1]) if D is None else F.pad(D.detach().float(), (0, more))
+
+
+def _line(x: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
+    return flat(x), (x.stride(0), x.stride(1))
+
+
+def _bytes(reset: Tensor | None) -> np.ndarray:
+    return _NO_RESET if reset is None else reset.contiguous().view(torch.uint8).numpy()
+
+
+def _groups(batch: int, padded: int, threads: int) -> int:
+    """Groups of channels, so that rows times groups share out evenly over the threads."""
+    return min(threads // math.gcd(batch, threads), padded // WIDTH)

@@ -19,15 +19,26 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) -> (..., d)."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, _compute_dtype(x))
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation (Ba 2016), computed in float32, with the dtype of its input."""
+    """Layer normalisation (Ba 2016), computed in the precision of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) -> (..., d)."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(_compute_dtype(x))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What the layers behind a norm compute in: under autocast its dtype, else that of x.
+
+    Casting once here spares every linear map behind the norm a cast of its own.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm,

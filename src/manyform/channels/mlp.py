@@ -65,5 +65,4 @@ class GatedMLP(_Feedforward):
 
     def forward(self, x: Tensor, state: State = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, State]:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(swiglu(gate, up)), None
+        return self.down(swiglu(self.gate_up(x))), None

@@ -1,0 +1,210 @@
+"""Softmax attention: multi-head, grouped-query, multi-query; windows, sinks, rotary or ALiBi."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manyform.contract import Cost, CostGrowth, Place, SequenceMixer, StateGrowth, mixer
+from manyform.errors import ManyformError, unknown
+from manyform.init import linear, residual_std
+from manyform.norms import RMSNorm
+from manyform.ops.append import append
+from manyform.ops.attention import attention, visible_pairs
+from manyform.positions import RotaryTable, alibi_slopes
+
+POSITIONS = ("rotary", "alibi", "none")
+
+
+class AttentionState(NamedTuple):
+    """What later queries may look at.
+
+    keys, values: (batch, kv_heads, n, head_dim), the last n tokens, keys with their positions
+      turned in. With a window n is at most window - 1.
+    first_keys, first_values: (batch, kv_heads, sinks, head_dim), slot i the i-th token of the row's
+      current document, zero if it has not come yet; None without sinks.
+    length: (batch,) int64, tokens of the row's current document so far: its tokens are the last
+      `length` of the n (what lies before them belongs to an older document and is not seen).
+    """
+
+    keys: Tensor
+    values: Tensor
+    first_keys: Tensor | None
+    first_values: Tensor | None
+    length: Tensor
+
+
+@mixer("attention")
+class Attention(SequenceMixer):
+    """Scaled dot-product attention over the past (Vaswani 2017, section 3.2).
+
+    n_heads: d_model // head_dim if None. head_dim: d_model // n_heads if n_heads is given, else the
+      largest even divisor of d_model up to 64. kv_heads: n_heads if None; heads of keys and values,
+      each shared by n_heads / kv_heads query heads (Ainslie 2023; 1 is multi-query, Shazeer 2019).
+    window: a query sees itself and the window - 1 tokens before it (Beltagy 2020); None is all.
+    sinks: the first tokens of a document that stay visible beside the window (Xiao 2023).
+    qk_norm: RMSNorm on every head's query and key (Henry 2020, Dehghani 2023).
+    position: "rotary" (Su 2021), "alibi" (Press 2021) or "none".
+    rope_base, rope_scaling: see `manyform.positions.rotary_frequencies`.
+    bias: on both projections.
+
+    The state has the dtype in which keys are computed: that of the parameters, or autocast's.
+    """
+
+    state_growth = "linear"
+    cost_growth = "quadratic"
+
+    def __init__(self, d_model: int, *, place: Place = Place(), n_heads: int | None = None,
+                 head_dim: int | None = None, kv_heads: int | None = None,
+                 window: int | None = None, sinks: int = 0, qk_norm: bool = False,
+                 position: str = "rotary", rope_base: float = 10000.0,
+                 rope_scaling: Mapping[str, Any] | None = None, bias: bool = False) -> None:
+        super().__init__(d_model, place=place)
+        if position not in POSITIONS:
+            if position in ("learned", "sinusoidal"):
+                raise ManyformError(
+                    f"position={position!r} is added to the embedding, so it is an option of the "
+                    "model; the attention mixer takes 'rotary', 'alibi' or 'none'")
+            raise unknown("position of attention", position, POSITIONS)
+        if position != "rotary" and rope_scaling is not None:
+            raise ManyformError(f"rope_scaling needs position='rotary', not {position!r}")
+        if window is not None and window < 1:
+            raise ManyformError(f"window must be at least 1, not {window}; None is no window")
+        if sinks < 0 or (sinks and window is None):
+            raise ManyformError(f"sinks={sinks} needs to be 0 or more, and a window beside which "
+                                "the first tokens stay visible; set window too")
+        self.n_heads, self.head_dim = _heads(d_model, n_heads, head_dim)
+        self.kv_heads = self.n_heads if kv_heads is None else kv_heads
+        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
+            raise ManyformError(f"kv_heads must divide n_heads={self.n_heads}; {kv_heads} does not")
+        self.window, self.sinks, self.position = window, sinks, position
+        width = self.n_heads * self.head_dim
+        self.qkv = linear(d_model, width + 2 * self.kv_heads * self.head_dim, bias=bias)
+        self.out = linear(width, d_model, bias=bias, std=residual_std(place))
+        self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.table: RotaryTable | None = None
+        if position == "rotary":
+            self.table = RotaryTable(self.head_dim, base=rope_base, scaling=rope_scaling)
+        self.slopes: Tensor | None
+        self.register_buffer("slopes", alibi_slopes(self.n_heads) if position == "alibi" else None,
+                             persistent=False)
+
+    @property
+    def growth(self) -> tuple[StateGrowth, CostGrowth]:
+        """Constant and linear once a window bounds them."""
+        return ("linear", "quadratic") if self.window is None else ("window", "linear")
+
+    def forward(self, x: Tensor, state: AttentionState | None = None, *,
+                reset: Tensor | None = None) -> tuple[Tensor, AttentionState]:
+        batch, length, _ = x.shape
+        heads, groups, d = self.n_heads, self.kv_heads, self.head_dim
+        qkv = self.qkv(x).view(batch, length, heads + 2 * groups, d)
+        qk, v = qkv[:, :, :heads + groups], qkv[:, :, heads + groups:].transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])], dim=2)
+        old = 0 if state is None else state.keys.shape[2]
+        start = _document_starts(state, old, length, reset)
+        if self.table is not None:
+            positions = None if start is None else (
+                torch.arange(old, old + length, device=x.device) - start)
+            qk = self.table.turn(qk, positions)
+        q, k = qk[:, :, :heads].transpose(1, 2), qk[:, :, heads:].transpose(1, 2)
+        seen_k, seen_v, prefix = k, v, 0
+        if state is not None:
+            k, v = (append(cache.to(new.dtype), new, 2)
+                    for cache, new in ((state.keys, k), (state.values, v)))
+            seen_k, seen_v = k, v
+            if state.first_keys is not None and state.first_values is not None:
+                prefix = self.sinks
+                seen_k = torch.cat([state.first_keys.to(k.dtype), k], dim=2)
+                seen_v = torch.cat([state.first_values.to(v.dtype), v], dim=2)
+        y = attention(q, seen_k, seen_v, start, prefix=prefix, window=self.window,
+                      sinks=self.sinks, slopes=self.slopes)
+        after = self._after(k, v, state, start, reset)
+        return self.out(y.transpose(1, 2).reshape(batch, length, heads * d)), after
+
+    def _after(self, k: Tensor, v: Tensor, state: AttentionState | None, start: Tensor | None,
+               reset: Tensor | None) -> AttentionState:
+        """The state once k and v, (batch, kv_heads, total, head_dim), have been seen."""
+        batch, _, total, _ = k.shape
+        begin = (torch.zeros(batch, dtype=torch.int64, device=k.device) if start is None
+                 else start[:, -1])
+        firsts: list[Tensor | None] = [None, None]
+        if self.sinks:
+            place = begin[:, None] + torch.arange(self.sinks, device=k.device)
+            place = place[:, None, :, None]
+            index = place.clamp(0, total - 1).expand(-1, k.shape[1], -1, k.shape[3])
+            before = (None, None) if state is None else (state.first_keys, state.first_values)
+            for i, (new, held) in enumerate(zip((k, v), before, strict=True)):
+                first = new.gather(2, index).masked_fill(place >= total, 0)
+                if held is not None:
+                    first = torch.where(place < 0, held.to(first.dtype), first)
+                firsts[i] = first
+        keep = total
+        lengths = total - begin
+        if reset is not None:  # what no row's current document reaches is dropped
+            keep = min(keep, int(lengths.max()))
+        if self.window is not None:
+            keep = min(keep, self.window - 1)
+        if keep < total:
+            k, v = (t.narrow(2, total - keep, keep) for t in (k, v))
+            if 2 * keep < total:  # do not hold the memory of all for the sake of a few
+                k, v = k.clone(), v.clone()
+        return AttentionState(k, v, firsts[0], firsts[1], lengths)
+
+    def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
+                      ) -> AttentionState:
+        weight = self.qkv.weight
+        device = weight.device if device is None else device
+
+        def zeros(n: int) -> Tensor:
+            return torch.zeros(batch_size, self.kv_heads, n, self.head_dim, device=device,
+                               dtype=weight.dtype)
+        first = (zeros(self.sinks), zeros(self.sinks)) if self.sinks else (None, None)
+        return AttentionState(zeros(0), zeros(0), *first,
+                              torch.zeros(batch_size, dtype=torch.int64, device=device))
+
+    def cost(self, length: int) -> Cost:
+        """Projections, and four operations for each feature of each visible pair."""
+        projections = 2 * (self.qkv.weight.numel() + self.out.weight.numel()) * length
+        pairs = visible_pairs(length, self.window, self.sinks)
+        kept = length if self.window is None else min(length, self.window - 1)
+        row = 2 * self.kv_heads * self.head_dim * self.qkv.weight.element_size()
+        return Cost(projections + 4 * self.head_dim * self.n_heads * pairs,
+                    row * (kept + self.sinks) + 8)
+
+
+def _heads(d_model: int, n_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    for name, value in (("n_heads", n_heads), ("head_dim", head_dim)):
+        if value is not None and value < 1:
+            raise ManyformError(f"{name} must be at least 1, not {value}")
+    if n_heads is not None and head_dim is not None:
+        return n_heads, head_dim
+    given = n_heads if n_heads is not None else head_dim
+    if given is None:
+        even = [d for d in range(2, 65, 2) if d_model % d == 0]
+        given = head_dim = even[-1] if even else 1
+    if d_model % given:
+        name = "n_heads" if n_heads is not None else "head_dim"
+        raise ManyformError(f"{name}={given} does not divide d_model={d_model}; give both n_heads "
+                            "and head_dim, or one that divides")
+    return (d_model // given, given) if n_heads is None else (given, d_model // given)
+
+
+def _document_starts(state: AttentionState | None, old: int, length: int, reset: Tensor | None,
+                     ) -> Tensor | None:
+    """Where each new token's document begins, counted in cached keys: (batch, length), or None
+    where all rows begin at the first key."""
+    if state is None and (reset is None or not bool(reset[:, 1:].any())):
+        return None
+    if reset is None:
+        assert state is not None
+        return (old - state.length)[:, None].expand(-1, length)
+    steps = torch.arange(old, old + length, device=reset.device)
+    begin = old - state.length[:, None] if state is not None else steps.new_zeros(1, 1)
+    latest = torch.where(reset, steps, -1).cummax(dim=1).values
+    return torch.where(latest >= 0, latest, begin)

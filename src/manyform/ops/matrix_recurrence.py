@@ -63,4 +63,4 @@ def matrix_recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None 
     return y.to(v.dtype), s
 
 
-from manyform.ops import chunked_delta  # noqa: E402, F401  (fast forms)
+from manyform.ops import chunked_decay, chunked_delta  # noqa: E402, F401  (fast forms)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -153,19 +155,40 @@ def channels() -> dict[str, type[Mixer]]:
     return dict(_channels)
 
 
+USER_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""What names a class of the user's own: "module:Class"."""
+
+
+def resolve(kind: str, name: str) -> type[Mixer]:
+    """The class of a registered mixer ("mixer") or channel ("channel"), or of "module:Class".
+
+    Raises ManyformError where it is unknown, cannot be imported, or is not a mixer.
+    """
+    known: Mapping[str, type[Mixer]] = mixers() if kind == "mixer" else channels()
+    if name in known:
+        return known[name]
+    if not USER_CLASS.fullmatch(name):
+        raise unknown(kind, name, known)
+    module_name, class_name = name.split(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ManyformError(f"cannot import {name!r}: {error}; is its folder on the Python path?"
+                            ) from error
+    base = SequenceMixer if kind == "mixer" else Mixer
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ManyformError(f"{name!r} is not a {kind}: derive the class from "
+                            f"manyform.{base.__name__}")
+    return cls
+
+
 def build(kind: str, spec: str | type[Mixer], d_model: int, place: Place,
           options: Mapping[str, Any]) -> Mixer:
     """Construct a mixer ("mixer") or channel ("channel") by name or class, options checked.
 
     Raises ManyformError for an unknown name or option.
     """
-    known = mixers() if kind == "mixer" else channels()
-    if isinstance(spec, str):
-        if spec not in known:
-            raise unknown(kind, spec, known)
-        cls = known[spec]
-    else:
-        cls = spec
+    cls = resolve(kind, spec) if isinstance(spec, str) else spec
     allowed = cls.options()
     for key in options:
         if key not in allowed:

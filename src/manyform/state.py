@@ -108,7 +108,7 @@ def equal(a: State, b: State) -> bool:
 def save(tree: State, path: str | Path) -> None:
     """Write the state's tensors and shape-of-tree as one safetensors file."""
     from safetensors.torch import save_file
-    flat = {str(i): t.detach().contiguous() for i, t in enumerate(tensors(tree))}
+    flat = {str(i): t.detach().clone().contiguous() for i, t in enumerate(tensors(tree))}
     save_file(flat, str(path), metadata={"tree": json.dumps(_skeleton(tree))})
 
 

@@ -1,6 +1,6 @@
 """Named architectures, as data: `entry("llama")`, `create("llama", vocab_size=256)`."""
 
-from manyform.catalog.build import create, entry, resolve
+from manyform.catalog.build import create, entry
 from manyform.catalog.entries import ENTRIES
 from manyform.catalog.entry import Entry
 
@@ -10,4 +10,4 @@ def catalog() -> list[Entry]:
     return sorted(ENTRIES.values(), key=lambda e: (e.year, e.name))
 
 
-__all__ = ["ENTRIES", "Entry", "catalog", "create", "entry", "resolve"]
+__all__ = ["ENTRIES", "Entry", "catalog", "create", "entry"]

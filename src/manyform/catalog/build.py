@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from dataclasses import fields
 from typing import Any
 
 from manyform.catalog.entries import ENTRIES
 from manyform.catalog.entry import Entry
 from manyform.config import POSITIONS, LayerSpec, ModelConfig, merge_options, parse_pattern
-from manyform.contract import Mixer, SequenceMixer, channels, mixers
+from manyform.contract import USER_CLASS, Mixer, channels, mixers, resolve
 from manyform.errors import ManyformError, unknown
 from manyform.model import Model
 
-_USER_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _CONFIG_KEYS = {f.name for f in fields(ModelConfig)} - {"pattern", "name"}
 
 
@@ -26,13 +23,13 @@ def entry(name: str) -> Entry:
     """
     if name in ENTRIES:
         return ENTRIES[name]
-    is_pattern = ":" in name and not _USER_CLASS.fullmatch(name) or " " in name.strip()
+    is_pattern = (":" in name and not USER_CLASS.fullmatch(name)) or " " in name.strip()
     parts = parse_pattern(name) if is_pattern else [name]
     known = mixers()
     for part in parts:
-        if part not in known and not _USER_CLASS.fullmatch(part):
+        if part not in known and not USER_CLASS.fullmatch(part):
             raise unknown("architecture", part, set(ENTRIES) | set(known))
-    classes = [resolve(part) for part in parts]
+    classes = [resolve("mixer", part) for part in parts]
     single = len(set(parts)) == 1
     home = [e for e in ENTRIES.values() if single and e.pattern == parts[0]]
     if home:
@@ -43,31 +40,9 @@ def entry(name: str) -> Entry:
                  classes[0].__module__.rsplit(".", 1)[-1], name)
 
 
-def resolve(name: str) -> type[SequenceMixer]:
-    """The mixer class of a registered name or of "module:Class" (imported).
-
-    Raises ManyformError where it cannot be imported or is not a SequenceMixer.
-    """
-    known = mixers()
-    if name in known:
-        return known[name]
-    if not _USER_CLASS.fullmatch(name):
-        raise unknown("mixer", name, known)
-    module_name, class_name = name.split(":")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ManyformError(f"cannot import the mixer {name!r}: {error}; is its folder on the "
-                            "Python path?") from error
-    if not (isinstance(cls, type) and issubclass(cls, SequenceMixer)):
-        raise ManyformError(f"{name!r} is not a mixer: derive the class from "
-                            "manyform.SequenceMixer")
-    return cls
-
-
 def parse(item: Entry) -> list[str]:
     """The entry's pattern as a list of mixer names."""
-    return [item.pattern] if _USER_CLASS.fullmatch(item.pattern) else parse_pattern(item.pattern)
+    return [item.pattern] if USER_CLASS.fullmatch(item.pattern) else parse_pattern(item.pattern)
 
 
 def configure(item: Entry, **overrides: Any) -> ModelConfig:
@@ -85,7 +60,7 @@ def configure(item: Entry, **overrides: Any) -> ModelConfig:
         raise unknown("channel", channel, channels())
     position = settings.pop("position", None)
     config = {k: settings.pop(k) for k in list(settings) if k in _CONFIG_KEYS}
-    classes: dict[str, type[Mixer]] = {n: resolve(n) for n in names}
+    classes: dict[str, type[Mixer]] = {n: resolve("mixer", n) for n in names}
     accepted = {"mixer": {n: set(c.options()) for n, c in classes.items()},
                 "channel": {channel: set(channels()[channel].options())} if channel else {}}
     if position is not None:

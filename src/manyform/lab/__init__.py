@@ -1,0 +1,7 @@
+"""The lab: fair comparisons of architectures, as resumable runs with a report."""
+
+from manyform.lab.compare import Results, compare
+from manyform.lab.match import Size, match_params
+from manyform.lab.plan import Budget, Plan, parse_budget
+
+__all__ = ["Budget", "Plan", "Results", "Size", "compare", "match_params", "parse_budget"]

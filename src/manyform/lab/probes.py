@@ -1,0 +1,99 @@
+"""Quick probes of two abilities that language-model loss hides: recall and state tracking.
+
+Both are trained from nothing with one small model of each architecture, the same steps and the
+same examples for all, and scored on fresh examples, one independent answer a sequence, so that
+the binomial interval is honest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+D_MODEL, N_LAYERS, BATCH, TESTED = 64, 2, 64, 512
+LEARNING_RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """sample(count, length, generator) -> (tokens, targets), both (count, length) int64, with
+    -100 where nothing is asked; `graded` picks the position scored in each row."""
+
+    name: str
+    vocab_size: int
+    train_length: int
+    test_length: int
+    chance: float
+    sample: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+    setting: str
+
+
+def mqar(count: int, length: int, generator: torch.Generator, *, pairs: int = 8, symbols: int = 32,
+         ) -> tuple[Tensor, Tensor]:
+    """Multi-query associative recall (Arora 2023, "Zoology", section 3).
+
+    `pairs` distinct keys, each followed by its value, then every key once more at a random place
+    among blanks; there the value is asked. Tokens: 0 blank, 1..symbols keys, then the values.
+    """
+    rank = torch.rand(count, symbols, generator=generator).argsort(1)
+    keys = 1 + rank[:, :pairs]
+    values = 1 + symbols + torch.randint(symbols, (count, pairs), generator=generator)
+    tokens = torch.zeros(count, length, dtype=torch.int64)
+    targets = torch.full((count, length), -100, dtype=torch.int64)
+    tokens[:, 0:2 * pairs:2], tokens[:, 1:2 * pairs:2] = keys, values
+    free = length - 2 * pairs
+    places = 2 * pairs + torch.rand(count, free, generator=generator).argsort(1)[:, :pairs]
+    tokens.scatter_(1, places, keys)
+    targets.scatter_(1, places, values)
+    return tokens, targets
+
+
+def parity(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Running parity of random bits: the smallest regular language that needs a state that
+    flips (Hahn 2020; Grazzi 2024)."""
+    tokens = torch.randint(2, (count, length), generator=generator)
+    return tokens, tokens.cumsum(1) % 2
+
+
+PROBES = {p.name: p for p in (
+    Probe("mqar", 65, 48, 48, 1 / 32, mqar,
+          "8 of 32 keys with values of 32, asked within 48 tokens"),
+    Probe("parity", 2, 24, 96, 1 / 2, parity,
+          "running parity of bits, trained at length 24, scored at the last bit of length 96"),
+)}
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a proportion (Wilson 1927): hits of n independent trials."""
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def examples(probe: Probe, stream: int, index: int, count: int, length: int,
+             ) -> tuple[Tensor, Tensor]:
+    """Batch `index` of a stream of examples: a pure function of its arguments."""
+    generator = torch.Generator().manual_seed((stream << 40) + index)
+    return probe.sample(count, length, generator)
+
+
+@torch.inference_mode()
+def score(model: torch.nn.Module, probe: Probe, length: int) -> tuple[int, int]:
+    """(hits, sequences): the last answer of each of `TESTED` fresh sequences."""
+    device = next(model.parameters()).device
+    hits = n = 0
+    model.eval()
+    for index in range(0, TESTED // BATCH):
+        tokens, targets = examples(probe, 1, index, BATCH, length)
+        logits = model(tokens.to(device))[0].float().cpu()
+        asked = targets != -100
+        last = (asked * torch.arange(length)).argmax(1)
+        rows = torch.arange(BATCH)
+        hits += int((logits[rows, last].argmax(-1) == targets[rows, last]).sum())
+        n += BATCH
+    return hits, n

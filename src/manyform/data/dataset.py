@@ -96,11 +96,16 @@ class Dataset:
             "vocab_size": self.vocab_size, "bytes_per_token": self.bytes_per_token,
             "exact_bytes": self.byte_lengths is not None,
             "train": self._describe("train"), "val": self._describe("val"),
-            "split": {"by": "a cut of the largest document" if m["cut"] else "document",
-                      "seed": m["split_seed"], "share": m["validation_share"],
+            "split": {"by": self._split_by(), "seed": m["split_seed"],
                       "gap_bytes": m["gap_bytes"], "copies_left_out": m["copies_left_out"]},
-            "skipped_files": m["skipped_count"],
+            "skipped_files": m["skipped"],
         }
+
+    def _split_by(self) -> str:
+        m = self._manifest
+        if m["held_out"]:
+            return f"validation input {m['held_out']}"
+        return "a cut of the largest document" if m["cut"] else "document"
 
     def _describe(self, split: str) -> dict[str, int]:
         part = self._manifest["splits"][split]
@@ -109,7 +114,7 @@ class Dataset:
 
 def load(spec: str | Path | None = None, *, tokenizer: str | Path | Tokenizer = "bytes",
          column: str | None = None, cache: str | Path | None = None, seed: int = 0,
-         validation: float = 0.05, max_bytes: int | None = None) -> Dataset:
+         validation: float | str | Path = 0.05, max_bytes: int | None = None) -> Dataset:
     """The tokens of an input, from the cache where it has not changed since it was stored.
 
     spec: None for the Python standard library, or a file, folder, pattern, "-" or hf: dataset
@@ -117,35 +122,40 @@ def load(spec: str | Path | None = None, *, tokenizer: str | Path | Tokenizer = 
     tokenizer: "bytes", "bpe:N" (trained on the training documents), the path of a tokenizer.json,
       or a `Tokenizer`.
     cache: the folder to store in, by default the user's cache folder (or $MANYFORM_CACHE).
-    seed, validation: choose the validation documents and their share of the text. The order of
-      training has a seed of its own (`Dataset.batches`).
+    validation: the share of the text that is for validation, or a second input whose documents
+      are; copies of those are left out of training.
+    seed: chooses the validation documents. The order of training has a seed of its own
+      (`Dataset.batches`).
     max_bytes: use only so much of the text.
 
     A damaged store is built again, with a warning that names the damaged file. Raises ManyformError
     where the input or the tokenizer cannot be used.
     """
     source = open_source(spec, column=column, max_bytes=max_bytes)
+    held_out = (None if isinstance(validation, int | float)
+                else open_source(validation, column=column))
+    sources = [source] if held_out is None else [source, held_out]
+    share = 0.05 if isinstance(validation, str | Path) else float(validation)
     identity, choose = _tokenizer(tokenizer)
     request = {"format": store.FORMAT, "input": source.identity, "column": column,
                "max_bytes": source.max_bytes, "tokenizer": identity, "seed": seed,
-               "validation": validation}
+               "validation": share if held_out is None else held_out.identity}
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)[:48].strip("-.") or "input"
     folder = store.cache_folder(cache) / "tokens" / f"{stem}-{digest[:16]}"
     try:
         manifest = store.read_manifest(folder)
-        if manifest is not None:
-            now = source.fingerprint(manifest["input"])
-            if now["content"] == manifest["input"]["content"]:
-                store.verify(folder, manifest)
-                store.take_fingerprint(folder, manifest, now)
-                return Dataset(folder, manifest)
+        if manifest is not None and store.is_current(folder, manifest, sources):
+            store.verify(folder, manifest)
+            return Dataset(folder, manifest)
     except store.DamagedError as error:
         warnings.warn(f"{error}; it is built again from {source.name}", stacklevel=2)
-    store.build(folder, source, choose, seed=seed, share=validation, request=request)
-    if source.skipped:
-        warnings.warn(f"{len(source.skipped)} files of {source.name} are not UTF-8 text and were "
-                      f"left out (the first: {source.skipped[0]})", stacklevel=2)
+    store.build(folder, source, choose, seed=seed, share=share, request=request,
+                held_out=held_out)
+    for read in sources:
+        if read.skipped:
+            warnings.warn(f"{len(read.skipped)} files of {read.name} are not UTF-8 text and were "
+                          f"left out (the first: {read.skipped[0]})", stacklevel=2)
     return open_dataset(folder)
 
 

@@ -17,18 +17,9 @@ Text and row files may be compressed (.gz, .bz2, .xz, .zst). Everything is read 
 
 from __future__ import annotations
 
-import bz2
-import codecs
-import contextlib
-import csv
 import difflib
 import glob
-import gzip
 import hashlib
-import importlib
-import io
-import json
-import lzma
 import os
 import platform
 import re
@@ -36,31 +27,33 @@ import sys
 import sysconfig
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from manyform.data import formats
+from manyform.data.formats import (
+    documents,
+    jsonl,
+    kind_of,
+    need,
+    no_such_column,
+    open_bytes,
+    pieces,
+    reading,
+    text_of,
+)
 from manyform.errors import ManyformError
 
-PIECE = 8_000
-"""Characters after which a piece of a text file ends at the next blank line; at twice as many it
-ends anyway."""
-MAX_LINE = 64 << 20
-"""Bytes of the longest line that .jsonl and .csv may have, and of the largest file that is held in
-memory as one document; a larger file of a folder is cut into pieces."""
 STDLIB_BYTES = 20_000_000
 """Default cap on the text taken from the standard library."""
 SMALL_INPUT = 64 << 20
 """Inputs up to this many bytes are compared by content each time, larger ones by size and time
 first."""
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_ROWS = (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 # Tests, and the machine-made character tables of `encodings`, say little about how people write.
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",
                     "encodings"}
-_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
 
 class Source:
@@ -122,7 +115,7 @@ class Source:
         if not self.files:
             return {"content": self._version, "stamp": "", "bytes": 0, "taken": time.time()}
         stamp, total, newest = hashlib.sha256(), 0, 0.0
-        with _reading(self.name):
+        with reading(self.name):
             for path in self.files:
                 info = path.stat()
                 stamp.update(f"{path}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
@@ -159,9 +152,9 @@ def open_source(spec: str | Path | None = None, *, column: str | None = None,
         return _hugging_face(given, column or "text", max_bytes)
     path = Path(given).expanduser()
     if path.is_file():
-        if _kind(path) == "text":
+        if kind_of(path) == "text":
             _no_column(column, path.name)
-        return Source(path.name, str(path.resolve()), lambda _: _documents(path, column),
+        return Source(path.name, str(path.resolve()), lambda _: documents(path, column),
                       files=(path.resolve(),), max_bytes=max_bytes)
     if path.is_dir():
         files = _walk(path)
@@ -176,7 +169,7 @@ def open_source(spec: str | Path | None = None, *, column: str | None = None,
         name = path.name
     else:
         raise ManyformError(_not_found(path))
-    if all(_kind(f) == "text" for f in files):
+    if all(kind_of(f) == "text" for f in files):
         _no_column(column, name)
     return Source(name, str(path.resolve()), lambda source: _folder(source, column), files=files,
                   max_bytes=max_bytes)
@@ -200,18 +193,18 @@ def _standard_input(column: str | None, max_bytes: int | None) -> Source:
     """Kept in a temporary file, so that it can be hashed first and read after."""
     kept = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the source)
     digest = hashlib.sha256()
-    with _reading("standard input"):
+    with reading("standard input"):
         while block := sys.stdin.buffer.read(1 << 20):
             digest.update(block)
             kept.write(block)
 
     def read(_: Source) -> Iterator[str]:
         kept.seek(0)
-        with _reading("standard input"):
+        with reading("standard input"):
             if column:
-                yield from _jsonl(kept, "standard input", column)
+                yield from jsonl(kept, "standard input", column)
             else:
-                yield from _pieces(kept, "standard input")
+                yield from pieces(kept, "standard input")
     return Source("standard input", f"-:{digest.hexdigest()}", read, version=digest.hexdigest(),
                   max_bytes=max_bytes)
 
@@ -228,17 +221,17 @@ def _hugging_face(spec: str, column: str, max_bytes: int | None) -> Source:
         split = parts[1]
     elif len(parts) == 2:
         config = parts[1]
-    datasets = _need("datasets", spec, "hf")
+    datasets = need("datasets", spec, "hf")
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:
         raise ManyformError(f"the dataset {spec} cannot be loaded: {error}") from error
     if column not in rows.column_names:
-        raise ManyformError(_no_such_column(spec, column, rows.column_names))
+        raise ManyformError(no_such_column(spec, column, rows.column_names))
 
     def read(_: Source) -> Iterator[str]:
         for i, row in enumerate(rows.select_columns([column]), 1):
-            yield _text(row[column], f"row {i} of {spec}", column)
+            yield text_of(row[column], f"row {i} of {spec}", column)
     version = str(getattr(rows, "_fingerprint", "")) or f"{spec}:{len(rows)}"
     return Source(spec, spec, read, version=version, max_bytes=max_bytes)
 
@@ -246,221 +239,18 @@ def _hugging_face(spec: str, column: str, max_bytes: int | None) -> Source:
 def _folder(source: Source, column: str | None) -> Iterator[str]:
     """Each text file a document; row files by their rows; text that is not UTF-8 is skipped."""
     for path in source.files:
-        if _kind(path) != "text" or path.stat().st_size > MAX_LINE:
-            yield from _documents(path, column)
+        if kind_of(path) != "text" or path.stat().st_size > formats.MAX_LINE:
+            yield from documents(path, column)
             continue
-        with _reading(path.name), _open(path) as stream:
-            raw = stream.read(MAX_LINE + 1)
-        if len(raw) > MAX_LINE:  # a small compressed file that holds a large text
-            yield from _documents(path, column)
+        with reading(path.name), open_bytes(path) as stream:
+            raw = stream.read(formats.MAX_LINE + 1)
+        if len(raw) > formats.MAX_LINE:  # a small compressed file that holds a large text
+            yield from documents(path, column)
             continue
         try:
             yield raw.decode("utf-8-sig")
         except UnicodeDecodeError:
             source.skipped.append(path.name)
-
-
-def _documents(path: Path, column: str | None) -> Iterator[str]:
-    """The documents of one file by its format."""
-    kind, name = _kind(path), path.name
-    if kind == ".parquet":
-        yield from _parquet(path, column or "text")
-        return
-    with _reading(name), _open(path) as stream:
-        if kind in (".jsonl", ".ndjson"):
-            yield from _jsonl(stream, name, column or "text")
-        elif kind in (".csv", ".tsv"):
-            yield from _csv(stream, name, column or "text", "," if kind == ".csv" else "\t")
-        else:
-            yield from _pieces(stream, name)
-
-
-def _pieces(stream: Any, name: str) -> Iterator[str]:
-    """A long text, a block of bytes at a time, cut into pieces (see `PIECE`)."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    text, done, at_end = "", 0, False
-    while not at_end:
-        block = stream.read(1 << 18)
-        at_end = not block
-        try:
-            text += decoder.decode(block, final=at_end)
-        except UnicodeDecodeError as error:
-            raise ManyformError(
-                f"{name} is not UTF-8 text (byte 0x{error.object[error.start]:02x} near offset "
-                f"{done + error.start}); convert it to UTF-8 first") from error
-        done += len(block)
-        start = 0
-        while len(text) - start > 2 * PIECE:
-            end = _cut(text, start)
-            yield text[start:end]
-            start = end
-        text = text[start:]
-    yield text
-
-
-def _cut(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends; more than 2 * PIECE characters follow it."""
-    low, high = start + PIECE, start + 2 * PIECE
-    if blank := _BLANK_LINE.search(text, low, high):
-        return blank.end()
-    return max(text.rfind("\n", low, high), text.rfind(" ", low, high)
-               if "\n" not in text[low:high] else -1) + 1 or high
-
-
-def _jsonl(stream: Any, name: str, column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(stream, name), 1):
-        if line.isspace():
-            continue
-        where = f"line {number} of {name}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ManyformError(f"{where} is not JSON: {error.msg} at column {error.colno}"
-                                ) from error
-        if not isinstance(row, dict):
-            raise ManyformError(f"{where} must be a JSON object with the key {column!r}, not "
-                                f"{type(row).__name__}")
-        if column not in row:
-            raise ManyformError(_no_such_column(where, column, row))
-        yield _text(row[column], where, column)
-
-
-def _csv(stream: Any, name: str, column: str, delimiter: str) -> Iterator[str]:
-    before = csv.field_size_limit(MAX_LINE)
-    try:
-        reader = csv.reader(_lines(stream, name), delimiter=delimiter, strict=True)
-        header = next(reader, None)
-        if header is None:
-            raise ManyformError(f"{name} is empty; its first line must name the columns")
-        if column not in header:
-            raise ManyformError(_no_such_column(name, column, header))
-        place = header.index(column)
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise ManyformError(f"line {reader.line_num} of {name} has {len(row)} fields where "
-                                    f"the header has {len(header)}")
-            yield row[place]
-    except csv.Error as error:
-        raise ManyformError(f"line {reader.line_num} of {name} is not valid CSV: {error}"
-                            ) from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
-    parquet = _need("pyarrow.parquet", path.name, "data")
-    from pyarrow import ArrowException
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise ManyformError(_no_such_column(path.name, column, names))
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[column]):
-                for value in batch.column(0):
-                    row += 1
-                    yield _text(value.as_py(), f"row {row} of {path.name}", column)
-    except (ArrowException, OSError) as error:
-        raise ManyformError(f"{path.name} is not a readable parquet file: {error}") from error
-
-
-def _lines(stream: Any, name: str) -> Iterator[str]:
-    """Lines with their ends; never more than MAX_LINE bytes are held."""
-    number = 0
-    while line := stream.readline(MAX_LINE + 1):
-        number += 1
-        if len(line) > MAX_LINE:
-            raise ManyformError(f"line {number} of {name} is longer than {MAX_LINE:,} bytes; this "
-                                "format holds one row a line")
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ManyformError(f"line {number} of {name} is not UTF-8 text (byte 0x"
-                                f"{line[error.start]:02x}); convert it to UTF-8 first") from error
-
-
-def _text(value: object, where: str, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ManyformError(f"{column!r} in {where} must be text, not {type(value).__name__}")
-    return value
-
-
-def _kind(path: Path) -> str:
-    """A row format's suffix, or "text"."""
-    suffixes = [s.lower() for s in path.suffixes]
-    packed = bool(suffixes) and suffixes[-1] in _COMPRESSED
-    inner = suffixes[-2:-1] if packed else suffixes[-1:]
-    kind = inner[0] if inner and inner[0] in _ROWS else "text"
-    if kind == ".parquet" and packed:
-        raise ManyformError(f"{path.name} is a compressed parquet file, which cannot be read as a "
-                            "stream; decompress it (parquet is compressed inside)")
-    return kind
-
-
-def _open(path: Path) -> Any:
-    """The file's bytes as a binary stream, decompressed by its suffix."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")
-    if suffix == ".bz2":
-        return bz2.open(path, "rb")
-    if suffix == ".xz":
-        return lzma.open(path, "rb")
-    if suffix == ".zst":
-        zstandard = _need("zstandard", path.name, "data")
-        return io.BufferedReader(_Zstandard(zstandard, open(path, "rb")), 1 << 18)
-    return open(path, "rb")
-
-
-class _Zstandard(io.RawIOBase):
-    """Frames of a .zst file, one after the other; a truncated file raises EOFError."""
-
-    def __init__(self, zstandard: Any, file: IO[bytes]) -> None:
-        self._module, self._file = zstandard, file
-        self._frame: Any = None
-        self._ready, self._pending = b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = self._pending or self._file.read(1 << 16)
-            self._pending = b""
-            if not block:
-                if self._frame is not None:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            if self._frame is None:
-                self._frame = self._module.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = self._frame.decompress(block)
-            except self._module.ZstdError as error:
-                raise EOFError(str(error)) from error
-            if self._frame.eof:
-                self._pending, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into one sentence."""
-    try:
-        yield
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ManyformError(f"{name} is damaged or cut short: {error}") from error
-    except OSError as error:
-        raise ManyformError(f"{name} cannot be read: {error.strerror or error}") from error
 
 
 def _walk(folder: Path) -> tuple[Path, ...]:
@@ -472,24 +262,10 @@ def _walk(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted((p for p in found if p.is_file()), key=Path.as_posix))
 
 
-def _need(module: str, what: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ManyformError(f"reading {what} needs the package {package!r}; "
-                            f"pip install 'manyform[{extra}]'") from error
-
-
 def _no_column(column: str | None, name: str) -> None:
     if column is not None:
         raise ManyformError(f"column={column!r} applies to .jsonl, .parquet, .csv, .tsv and hf: "
                             f"inputs, and {name} has no columns")
-
-
-def _no_such_column(where: str, column: str, known: Any) -> str:
-    names = ", ".join(map(str, known)) or "none"
-    return f"{where} has no column {column!r}; its columns are: {names} (choose one with column=)"
 
 
 def _not_found(path: Path) -> str:

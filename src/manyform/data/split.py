@@ -85,6 +85,19 @@ def split(keys: NDArray[np.uint64], sizes: NDArray[np.int64], *, seed: int, shar
     return Split(side, int(first[largest]), missing)
 
 
+def hold_out(keys: NDArray[np.uint64], given: NDArray[np.bool_], *, name: str) -> Split:
+    """The split where validation documents come from an input of their own.
+
+    given: (documents,) bool, true for those; copies of them in the training input are left out.
+    Raises ManyformError where nothing is left to train on.
+    """
+    side = np.where(given, VALIDATION, np.where(np.isin(keys, keys[given]), LEFT_OUT, TRAIN))
+    if not (side == TRAIN).any():
+        raise ManyformError(f"every document of {name} is also in the validation input; give "
+                            "training text that is not")
+    return Split(side.astype(np.int8), None, 0)
+
+
 def cut_document(raw: bytes, tail: int) -> tuple[bytes, bytes]:
     """Training and validation text of one document, with the gap between them.
 

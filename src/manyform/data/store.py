@@ -32,7 +32,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manyform.data.sources import Source
-from manyform.data.split import LEFT_OUT, TRAIN, VALIDATION, content_key, cut_document, split
+from manyform.data.split import (
+    LEFT_OUT,
+    TRAIN,
+    VALIDATION,
+    content_key,
+    cut_document,
+    hold_out,
+    split,
+)
 from manyform.data.tokenizers import Tokenizer
 from manyform.errors import ManyformError
 
@@ -90,10 +98,11 @@ def cache_folder(cache: str | Path | None = None) -> Path:
 
 
 def build(folder: Path, source: Source, tokenizer: Callable[[Iterator[str]], Tokenizer], *,
-          seed: int, share: float, request: dict[str, Any],
+          seed: int, share: float, request: dict[str, Any], held_out: Source | None = None,
           shard_tokens: int = SHARD_TOKENS) -> None:
     """Read `source` once, split it, tokenize it and store it in `folder`.
 
+    seed, share: for `split`; held_out: the validation documents, instead of a share.
     tokenizer: given the training documents, the tokenizer to use. request: kept in the manifest.
     Raises ManyformError where the source cannot be read or is too short, or the tokenizer does not
     know its text, or nothing can be written.
@@ -101,7 +110,8 @@ def build(folder: Path, source: Source, tokenizer: Callable[[Iterator[str]], Tok
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as spool:
-            _build(folder, source, tokenizer, spool, seed, share, request, shard_tokens)
+            _build(folder, source, tokenizer, spool, seed, share, request, held_out,
+                   shard_tokens)
     except OSError as error:
         raise ManyformError(f"tokens cannot be stored in {folder}: {error.strerror or error}; set "
                             "MANYFORM_CACHE to a folder with room") from error
@@ -109,19 +119,24 @@ def build(folder: Path, source: Source, tokenizer: Callable[[Iterator[str]], Tok
 
 def _build(folder: Path, source: Source, choose: Callable[[Iterator[str]], Tokenizer],
            spool: IO[bytes], seed: int, share: float, request: dict[str, Any],
-           shard_tokens: int) -> None:
-    fingerprint = source.fingerprint()
-    content, sizes, keys = hashlib.sha256(), array("q"), array("Q")
-    for text in source:
-        raw = text.encode()
-        content.update(len(raw).to_bytes(8, "little"))
-        content.update(raw)
-        sizes.append(len(raw))
-        keys.append(content_key(raw))
-        spool.write(raw)
-    length = np.frombuffer(sizes, dtype=np.int64)
-    plan = split(np.frombuffer(keys, dtype=np.uint64), length, seed=seed, share=share,
-                 name=source.name)
+           held_out: Source | None, shard_tokens: int) -> None:
+    sources = [source] if held_out is None else [source, held_out]
+    fingerprints = [s.fingerprint() for s in sources]
+    content, sizes, hashes, counts = hashlib.sha256(), array("q"), array("Q"), []
+    for text_source in sources:
+        for text in text_source:
+            raw = text.encode()
+            content.update(len(raw).to_bytes(8, "little"))
+            content.update(raw)
+            sizes.append(len(raw))
+            hashes.append(content_key(raw))
+            spool.write(raw)
+        counts.append(len(sizes))
+    length, keys = np.frombuffer(sizes, dtype=np.int64), np.frombuffer(hashes, dtype=np.uint64)
+    if held_out is None:
+        plan = split(keys, length, seed=seed, share=share, name=source.name)
+    else:
+        plan = hold_out(keys, np.arange(len(keys)) >= counts[0], name=source.name)
     starts = np.cumsum(length) - length
 
     def read(i: int) -> bytes:
@@ -148,9 +163,10 @@ def _build(folder: Path, source: Source, choose: Callable[[Iterator[str]], Token
     used = sum(s["bytes"] for s in splits.values())
     left_out = plan.side == LEFT_OUT
     manifest = {
-        "format": FORMAT, "name": source.name, "request": request, "input": fingerprint,
-        "content_hash": content.hexdigest(), "skipped": source.skipped[:100],
-        "skipped_count": len(source.skipped), "split_seed": seed, "validation_share": share,
+        "format": FORMAT, "name": source.name, "request": request,
+        "inputs": fingerprints, "content_hash": content.hexdigest(),
+        "skipped": sum(len(s.skipped) for s in sources), "split_seed": seed,
+        "validation_share": share, "held_out": None if held_out is None else held_out.name,
         "cut": plan.cut is not None, "copies_left_out": int(left_out.sum()),
         "gap_bytes": int(length[~left_out].sum()) - used,
         "tokenizer": {"name": chosen.name, "hash": chosen.hash, "vocab_size": chosen.vocab_size,
@@ -160,9 +176,10 @@ def _build(folder: Path, source: Source, choose: Callable[[Iterator[str]], Token
     _write_manifest(folder, manifest)
     keep = {f["file"] for f in _files(manifest)} | {"manifest.json"}
     for old in folder.iterdir():
-        # What another process is writing now is young; what a killed one left grows old.
-        if old.name not in keep and old.stat().st_mtime < time.time() - 3_600:
-            with contextlib.suppress(OSError):  # on Windows it may be open elsewhere
+        # What another process is writing now is young; what a killed one left grows old. It may
+        # be gone already, or (on Windows) open elsewhere.
+        with contextlib.suppress(OSError):
+            if old.name not in keep and old.stat().st_mtime < time.time() - 3_600:
                 old.unlink()
 
 
@@ -234,7 +251,8 @@ def _put(folder: Path, stem: str, suffix: str, data: bytes) -> dict[str, Any]:
     """Write a file that is named by its content, in one step; its entry in the manifest."""
     digest = hashlib.sha256(data).hexdigest()
     target = folder / f"{stem}-{digest[:16]}{suffix}"
-    _replace(target, data)
+    if not target.exists() or _hash(target) != digest:
+        _replace(target, data)
     return {"file": target.name, "bytes": len(data), "sha256": digest,
             "mtime_ns": target.stat().st_mtime_ns}
 
@@ -270,7 +288,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path} cannot be read: {error}") from error
@@ -279,12 +297,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if manifest["format"] == FORMAT else None
 
 
-def take_fingerprint(folder: Path, manifest: dict[str, Any], fingerprint: dict[str, Any]) -> None:
-    """Remember that the input, of the same content, now has another size-and-time stamp."""
-    if manifest["input"] == fingerprint:
-        return
-    manifest["input"] = fingerprint
-    _write_manifest(folder, manifest)
+def is_current(folder: Path, manifest: dict[str, Any], sources: list[Source]) -> bool:
+    """Whether the inputs still have the content that was stored; a new size-and-time stamp of the
+    same content is remembered."""
+    known = manifest["inputs"]
+    now = [s.fingerprint(k) for s, k in zip(sources, known, strict=True)]
+    if [f["content"] for f in now] != [f["content"] for f in known]:
+        return False
+    if [f["stamp"] for f in now] != [f["stamp"] for f in known]:
+        manifest["inputs"] = now
+        _write_manifest(folder, manifest)
+    return True
 
 
 def verify(folder: Path, manifest: dict[str, Any], *, full: bool = False) -> None:

@@ -261,7 +261,8 @@ class _Chunked(torch.autograd.Function):
             p = _scores(form, ql, kr, q0, k0, f, groups)
             y = torch.bmm(_document(ql, f.first, groups), entering)
             y.baddbmm_(p, vr, beta=scale, alpha=scale)
-            y = _times(_back(y, batch, groups, value), None if by_key else f.left).to(v.dtype).reshape(v.shape)
+            y = _times(_back(y, batch, groups, value), None if by_key else f.left)
+            y = y.to(v.dtype).reshape(v.shape)
             last = states[:, -1].transpose(2, 3).reshape(state.shape)
         needs_g = ctx.needs_input_grad[3]
         ctx.save_for_backward(ql, kr, vr, q0, k0, y if needs_g and not by_key else None, reset,
@@ -307,7 +308,7 @@ class _Chunked(torch.autograd.Function):
                     db = (states[:, 1:] * dstates[:, 1:]).sum((-2, -1))
                 else:
                     dc = (y.to(wide) * dy).sum(-1).unflatten(1, (-1, size))
-                    dc = dc - (_back(vr, batch, groups, value).to(wide) * _back(dv, batch, groups, value)).sum(-1)
+                    dc = dc - _back(vr.to(wide) * dv, batch, groups, value).sum(-1)
                     db = (states[:, 1:] * dstates[:, 1:]).sum((3, 5)).flatten(2)
                 if len(g_shape) == 3 and by_key:
                     dc, db = dc.sum(-1), db.sum(-1)
@@ -318,7 +319,8 @@ class _Chunked(torch.autograd.Function):
             dk = _times(_back(dk, batch, groups, width), f.right if by_key else None)
             dv = _times(_back(dv, batch, groups, value), None if by_key else f.right)
             if dq0 is not None:
-                dq, dk = dq + _back(dq0, batch, groups, width), dk + _back(dk0, batch, groups, width)
+                dq = dq + _back(dq0, batch, groups, width)
+                dk = dk + _back(dk0, batch, groups, width)
             dstate = dstates[:, 0].transpose(2, 3).flatten(1, 2)
         return (dq.to(q_dtype).flatten(1, 2), dk.to(k_dtype).flatten(1, 2),
                 dv.to(dy.dtype).flatten(1, 2), dg, dstate, None, None, None, None, None)
@@ -370,7 +372,8 @@ def _scores_backward(form: str, dp: Tensor, q0: Tensor, k0: Tensor, f: _Factors,
 
 def _times_pairs(p: Tensor, f: _Factors) -> Tensor:
     """p (B N H, C, C) times e^{c_i - c_j}, which is wanted only where it is at most 1."""
-    assert f.c is not None and f.left is not None
+    assert f.c is not None
+    assert f.left is not None
     c = f.c[..., 0].transpose(2, 3)
     decay = (c[..., :, None] - c[..., None, :]).clamp_(max=0).to(f.left.dtype).exp()
     return (p.view(-1, *decay.shape[1:]) * decay.to(p.dtype)).view(p.shape)
@@ -379,7 +382,8 @@ def _times_pairs(p: Tensor, f: _Factors) -> Tensor:
 def _level_factors(q: Tensor, f: _Factors) -> list[tuple[int, Tensor, Tensor]]:
     """For squares of side C/2, C/4, ... 1 below the diagonal: the side, and the factors of their
     rows and columns, each (B N H, C / (2 side), side, K) and at most 1."""
-    assert f.c is not None and f.left is not None
+    assert f.c is not None
+    assert f.left is not None
     c = f.c.transpose(2, 3).reshape(q.shape)
     factors, side = [], q.shape[1] // 2
     while side:

@@ -29,7 +29,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".writing-"
 
 
-class Damaged(ManyformError):
+class DamagedError(ManyformError):
     """A checkpoint that is not what was written; the message names the folder and the file."""
 
 
@@ -78,7 +78,7 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
 def load(folder: Path, model: Model) -> dict[str, Any]:
     """Check every file of a checkpoint, put the weights into `model`, return the state.
 
-    Raises Damaged, before the model is touched, where a file is missing or altered.
+    Raises DamagedError, before the model is touched, where a file is missing or altered.
     """
     from safetensors.torch import load_file
     verify(folder)
@@ -94,27 +94,27 @@ def load(folder: Path, model: Model) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have their checksums; Damaged if not."""
+    """The manifest of a checkpoint whose files all have their checksums; DamagedError if not."""
     manifest = read_manifest(folder)
     for name, facts in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise Damaged(f"the checkpoint {folder} is damaged: {name} is missing")
+            raise DamagedError(f"the checkpoint {folder} is damaged: {name} is missing")
         if path.stat().st_size != facts["bytes"] or _checksum(path) != facts["sha256"]:
-            raise Damaged(f"the checkpoint {folder} is damaged: {name} is not what was written "
-                          "(its checksum differs)")
+            raise DamagedError(f"the checkpoint {folder} is damaged: {name} is not what was "
+                               "written (its checksum differs)")
     return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; Damaged if it cannot be read."""
+    """The manifest of a checkpoint; DamagedError if it cannot be read."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if not {"step", "anchor", "files"} <= set(manifest):
             raise ValueError("keys are missing")
     except (OSError, ValueError) as error:
-        raise Damaged(f"the checkpoint {folder} is damaged: its manifest cannot be read ({error})"
-                      ) from error
+        raise DamagedError(f"the checkpoint {folder} is damaged: its manifest cannot be read "
+                           f"({error})") from error
     return manifest
 
 
@@ -149,7 +149,7 @@ def load_newest(root: Path, model: Model, report: Callable[[str], None], *,
             if anchor and not read_manifest(folder)["anchor"]:
                 continue
             return load(folder, model)
-        except Damaged as error:
+        except DamagedError as error:
             report(f"{error}; using the one before it")
             target = root / f"damaged-{folder.name}"
             shutil.rmtree(target, ignore_errors=True)
@@ -184,7 +184,7 @@ def _delete(folder: Path) -> None:
 def _is_anchor(folder: Path) -> bool:
     try:
         return bool(read_manifest(folder)["anchor"])
-    except Damaged:
+    except DamagedError:
         return False
 
 

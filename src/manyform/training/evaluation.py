@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from manyform.errors import ManyformError
 from manyform.model import Model
 from manyform.training.machine import resolve_precision
-from manyform.training.trainer import autocast
+from manyform.training.trainer import IGNORE, autocast
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """nats: mean cross-entropy per token. bits_per_byte: the same per byte of text, which does not
-    depend on the tokenizer (None where the data does not know its bytes). tokens: evaluated."""
+    depend on the tokenizer (None where the batches do not know their bytes). tokens: counted
+    targets. seconds: what it took."""
 
     nats: float
     bits_per_byte: float | None
@@ -26,35 +28,32 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: Model, batches: Any, *, tokens: int = 65536, rows: int | None = None,
-             precision: str = "auto") -> Evaluation:
-    """The model's loss on the first `tokens` tokens of `batches`, each row from an empty state.
+def evaluate(model: Model, batches: Iterable[Any], *, precision: str = "auto") -> Evaluation:
+    """The model's loss over all of `batches`, each row from the initial state.
 
-    batches: an object with `rows(start, count)` (tokens, targets, reset), `length`, `batch_size`
-      and `num_rows`, as `manyform.data.Batches`; `batches.data.bits_per_byte(nats)` if it has one.
-    rows: rows computed at a time (the batch's own size if None).
+    batches: tokens, targets and reset as `manyform.data.Validation` yields; its
+      `bits_per_byte(nats)` is used if there is one. precision: "bf16", "fp32" or "auto".
+    Raises ManyformError where no target is counted.
     """
     started = time.perf_counter()
     device = next(model.parameters()).device
-    context = autocast(device, resolve_precision(precision, device))
-    rows = rows or batches.batch_size
-    wanted = min(batches.num_rows, max(1, -(-tokens // batches.length)))
-    was_training = model.training
+    precision = resolve_precision(precision, device)
+    training = model.training
     model.eval()
     total, count = 0.0, 0
     try:
-        for start in range(0, wanted, rows):
-            part = batches.rows(start, min(rows, wanted - start))
-            seen = int((part.targets != -100).sum())
-            reset = part.reset.to(device) if part.reset is not None else None
-            with context:
-                loss, _ = model.loss(part.tokens.to(device), part.targets.to(device), reset=reset)
+        for batch in batches:
+            seen = int((batch.targets != IGNORE).sum())
+            reset = batch.reset.to(device) if batch.reset is not None else None
+            with autocast(device, precision):
+                loss, _ = model.loss(batch.tokens.to(device), batch.targets.to(device),
+                                     reset=reset)
             total, count = total + loss.item() * seen, count + seen
     finally:
-        model.train(was_training)
+        model.train(training)
     if count == 0:
-        raise ManyformError("there is nothing to evaluate on: the validation part is empty")
+        raise ManyformError("there is nothing to evaluate on: the batches hold no target")
     nats = total / count
-    measure = getattr(getattr(batches, "data", None), "bits_per_byte", None)
-    return Evaluation(nats, measure(nats) if measure else None, count,
+    per_byte = getattr(batches, "bits_per_byte", None)
+    return Evaluation(nats, per_byte(nats) if per_byte else None, count,
                       time.perf_counter() - started)

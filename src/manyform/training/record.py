@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,25 @@ class Metrics:
         self._file.close()
 
 
-def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file or of the metrics.jsonl in a run's folder; the last one is left
-    out if a kill cut it short."""
+def read_metrics(path: str | Path, *, abandoned: bool = False) -> list[dict[str, Any]]:
+    """The lines of a metrics file, or of the metrics.jsonl in a run's folder.
+
+    A last line that a kill cut short is left out, and so, unless `abandoned`, are the steps and
+    evaluations that a diverged run went back from: each step is there at most once.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+        for text in file:
+            if not text.endswith("\n"):
+                break
+            line = json.loads(text)
+            if "back_to" in line and not abandoned:
+                # A step's line is written after it, an evaluation's stands for the steps before it.
+                back = line["back_to"]
+                lines = [x for x in lines if x["kind"] == "event"
+                         or x["step"] < back + (x["kind"] == "eval")]
+            lines.append(line)
+    return lines

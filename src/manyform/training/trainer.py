@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manyform import state as states
+from manyform.block import Block
 from manyform.errors import ManyformError
 from manyform.model import Model
 from manyform.training.config import TrainConfig
@@ -20,6 +21,9 @@ from manyform.training.guard import Guard
 from manyform.training.machine import resolve_precision
 from manyform.training.optimizer import Optimizer
 from manyform.training.schedule import learning_rate
+
+IGNORE = -100
+"""The target that is not counted, as in `Model.loss`."""
 
 
 class Batch(Protocol):
@@ -117,14 +121,14 @@ class Trainer:
     def _gradients(self, batch: Any) -> float:
         """Leave the whole batch's gradients on the parameters; returns its mean loss."""
         parts = self.config.accumulation
-        whole_count = int((batch.targets != -100).sum()) if parts > 1 else 1
+        whole_count = int((batch.targets != IGNORE).sum()) if parts > 1 else 1
         losses: list[Tensor] = []
         for i, (tokens, targets, reset) in enumerate(self._parts(batch, parts)):
             with self.autocast():
                 loss, after = self.model.loss(tokens, targets, self._carried[i], reset=reset)
             if parts > 1:
                 # A part's loss is the mean over its own tokens: weigh it by its share of them.
-                loss = loss * (int((targets != -100).sum()) / max(1, whole_count))
+                loss = loss * (int((targets != IGNORE).sum()) / max(1, whole_count))
             loss.backward()
             losses.append(loss.detach())
             if self.config.tbptt:
@@ -136,8 +140,6 @@ class Trainer:
 
     def _parts(self, batch: Any, parts: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         tokens, targets, reset = batch.tokens, batch.targets, batch.reset
-        if reset is not None and not self.config.tbptt and not bool(reset[:, 1:].any()):
-            reset = None  # a row that starts from nothing has nothing to reset at its first token
         if self.device.type != "cpu":
             tokens, targets = (t.to(self.device, non_blocking=True) for t in (tokens, targets))
             reset = reset.to(self.device, non_blocking=True) if reset is not None else None
@@ -173,8 +175,10 @@ class Trainer:
             "carried": [None if c is None else list(states.tensors(c)) for c in self._carried]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave, in this process or another."""
-        self.model.load_state_dict(state["model"])
+        """Put back what `state_dict` gave, in this process or another; the weights stay as they are
+        where `state` has none."""
+        if "model" in state:
+            self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
         self.step_count, self.position = state["step"], state["position"]
@@ -205,6 +209,7 @@ def _refuse_tbptt(model: Model) -> None:
     if not model.causal:
         raise ManyformError("tbptt carries a state, and this model is not causal and has none")
     for block in model.blocks:
+        assert isinstance(block, Block)
         if block.mixer.growth[0] == "linear":
             raise ManyformError(
                 f"tbptt carries a state over the whole text, and the state of "

@@ -13,7 +13,7 @@ from manyform.ops import count, use
 from manyform.ops.selective_scan import selective_scan
 
 FAST = [p for p in selective_scan.paths if p != "reference"]
-NAMES = ("x", "dt", "A", "B", "C", "D", "state")
+NAMES = ("x", "dt", "A", "B", "C", "D", "state", "dt_bias", "gate")
 
 
 def inputs(batch=2, length=9, width=5, n=4, dtype=torch.float32, seed=0):
@@ -29,10 +29,18 @@ def inputs(batch=2, length=9, width=5, n=4, dtype=torch.float32, seed=0):
     return [t.to(dtype) for t in (x, dt, a, b, c, d, state)], reset
 
 
+def around(batch=2, length=9, width=5, dtype=torch.float32, seed=1):
+    """A bias for the softplus of dt, and a gate."""
+    g = torch.Generator().manual_seed(seed)
+    return [(2 * torch.randn(width, generator=g, dtype=torch.float64)).to(dtype),
+            (3 * torch.randn(batch, length, width, generator=g, dtype=torch.float64)).to(dtype)]
+
+
 def results(path, args, reset):
     args = [t.detach().clone().requires_grad_() for t in args]
+    more = dict(zip(("dt_bias", "gate"), args[7:], strict=False))
     with use(selective_scan=path):
-        y, after = selective_scan(*args, reset=reset)
+        y, after = selective_scan(*args[:7], reset=reset, **more)
     g = torch.Generator().manual_seed(9)
     wy = torch.randn(y.shape, generator=g, dtype=torch.float64)
     wh = torch.randn(after.shape, generator=g, dtype=torch.float64)
@@ -46,27 +54,31 @@ def near(got, want, tolerance, what):
 
 
 @pytest.mark.parametrize("path", FAST)
-@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize(("with_reset", "with_gate"), [(False, False), (True, True)])
 @pytest.mark.parametrize(("batch", "length", "width", "n"), [
     (2, 9, 5, 4), (1, 1, 16, 16), (3, 67, 33, 3), (1, 130, 48, 16), (2, 64, 40, 1), (5, 33, 16, 5)])
-def test_every_form_equals_the_reference(path, with_reset, batch, length, width, n):
+def test_every_form_equals_the_reference(path, with_reset, with_gate, batch, length, width,
+                                         n):
     if path == "step" and length != 1:
         pytest.skip("the step form is for one step")
     args, reset = inputs(batch, length, width, n)
     reset = reset if with_reset else None
+    if with_gate:
+        args += around(batch, length, width)
     y, after, grads = results(path, args, reset)
     want_y, want_after, want_grads = results("reference", [a.double() for a in args], reset)
     assert (y.dtype, after.dtype) == (torch.float32, torch.float32)
     near(y, want_y, 2e-6, "y")
     near(after, want_after, 2e-6, "state")
-    for name, got, want in zip(NAMES, grads, want_grads, strict=True):
+    for name, got, want in zip(NAMES, grads, want_grads, strict=False):
         near(got, want, 1e-5, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("path", ["torch", "numba"])
 def test_bfloat16_activations_with_float32_parameters(path):
     args, reset = inputs(2, 70, 48, 16)
-    low = [t.bfloat16() if name in ("x", "B", "C") else t
+    args += around(2, 70, 48)
+    low = [t.bfloat16() if name in ("x", "dt", "B", "C", "gate") else t
            for name, t in zip(NAMES, args, strict=True)]
     y, after, grads = results(path, low, reset)
     want_y, want_after, want_grads = results("reference", [t.float() for t in low], reset)
@@ -82,11 +94,13 @@ def test_bfloat16_activations_with_float32_parameters(path):
 def test_float64_gradients(path, monkeypatch):
     monkeypatch.setattr(sys.modules["manyform.ops.selective_scan"], "CHUNK", 3)
     args, _ = inputs(2, 5, 2, 2, torch.float64)
+    args += around(2, 5, 2, torch.float64)
     reset = torch.zeros(2, 5, dtype=torch.bool)
     reset[0, 3] = reset[1, 0] = True
     with use(selective_scan=path):
         assert torch.autograd.gradcheck(
-            lambda *a: selective_scan(*a, reset=reset), [a.requires_grad_() for a in args])
+            lambda *a: selective_scan(*a[:7], reset=reset, dt_bias=a[7], gate=a[8]),
+            [a.requires_grad_() for a in args])
 
 
 @pytest.mark.parametrize("path", ["torch", "numba"])

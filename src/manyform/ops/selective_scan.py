@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from manyform.errors import ManyformError
@@ -17,7 +18,8 @@ CHUNK = 64
 
 
 def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-           state: Tensor | None = None, reset: Tensor | None = None) -> int:
+           state: Tensor | None = None, reset: Tensor | None = None, *,
+           dt_bias: Tensor | None = None, gate: Tensor | None = None) -> int:
     # For each element of the state: dt A, decay h, (dt x) B and its addition, C h and its sum.
     # For each channel: dt x, and D x with its addition.
     return x.numel() * (6 * A.shape[1] + 1 + (2 if D is not None else 0))
@@ -25,52 +27,53 @@ def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
 
 @operation(flops=_flops)
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                   state: Tensor | None = None, reset: Tensor | None = None,
+                   state: Tensor | None = None, reset: Tensor | None = None, *,
+                   dt_bias: Tensor | None = None, gate: Tensor | None = None,
                    ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t.
 
     Equations 2a and 2b of Mamba (Gu & Dao 2023) with A discretised by zero-order hold and B by
-    its first-order form dt B, as in the released code (section 3.5.2, algorithm 2).
+    its first-order form dt B, as in the released code (section 3.5.2, algorithm 2). What stands
+    around the scan there can be given with it, to save passes over memory: with dt_bias, dt
+    becomes softplus(dt + dt_bias); with gate, y becomes y silu(gate).
 
-    x, dt: (B, T, D), dt > 0 (after its softplus); A: (D, N), negative; B, C: (B, T, N);
-    D: (D,) or None; reset: (B, T) bool, true where h_{t-1} is forgotten; state h: (B, D, N) or
-    None for zeros. Returns y: (B, T, D) in the dtype of x, and h after the last step in float32
-    (float64 for float64 input); everything is accumulated there.
+    x, dt: (B, T, D), dt > 0 once its softplus is taken; A: (D, N), negative; B, C: (B, T, N);
+    D: (D,) or None; state h: (B, D, N) or None for zeros; reset: (B, T) bool, true where h_{t-1}
+    is forgotten; dt_bias: (D,) or None; gate: (B, T, D) or None.
+    Returns y: (B, T, D) in the dtype of x, and h after the last step in float32 (float64 for
+    float64 input); everything is accumulated there.
     Raises ManyformError for shapes that do not fit together.
     """
-    h = _start(x, dt, A, B, C, state)
+    h = _start(x, dt, A, B, C, state, gate)
     wide = h.dtype
+    a, steps, xs = A.to(wide), _steps(dt, dt_bias, wide), x.to(wide)
     ys = []
     for t in range(x.shape[1]):
         if reset is not None:
             h = torch.where(reset[:, t, None, None], torch.zeros_like(h), h)
-        dt_t, x_t = dt[:, t].to(wide), x[:, t].to(wide)
-        h = (torch.exp(dt_t[..., None] * A.to(wide)) * h
-             + (dt_t * x_t)[..., None] * B[:, t, None].to(wide))
-        y = (h * C[:, t, None].to(wide)).sum(-1)
-        ys.append(y if D is None else y + D.to(wide) * x_t)
-    return torch.stack(ys, dim=1).to(x.dtype), h
+        h = (torch.exp(steps[:, t, :, None] * a) * h
+             + (steps[:, t] * xs[:, t])[..., None] * B[:, t, None].to(wide))
+        ys.append((h * C[:, t, None].to(wide)).sum(-1))
+    return _finish(torch.stack(ys, dim=1), x, D, gate), h
 
 
 @selective_scan.path("torch")
 def _doubling(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-              state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+              state: Tensor | None = None, reset: Tensor | None = None, *,
+              dt_bias: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Chunks one after the other; within one, a parallel prefix by doubling (Hillis & Steele
     1986). The backward pass recomputes each chunk's states."""
-    h = _start(x, dt, A, B, C, state)
+    h = _start(x, dt, A, B, C, state, gate)
     wide, length = h.dtype, x.shape[1]
-    a, ys = A.to(wide), []
+    a, steps, ys = A.to(wide), _steps(dt, dt_bias, wide), []
     for lo in range(0, length, CHUNK):
         now = slice(lo, lo + CHUNK)
-        args = (x[:, now].to(wide), dt[:, now].to(wide), a, B[:, now].to(wide),
-                C[:, now].to(wide), h, None if reset is None else reset[:, now])
+        args = (x[:, now].to(wide), steps[:, now], a, B[:, now].to(wide), C[:, now].to(wide), h,
+                None if reset is None else reset[:, now])
         y, h = (checkpoint(_chunk, *args, use_reentrant=False, preserve_rng_state=False)
                 if torch.is_grad_enabled() and length > CHUNK else _chunk(*args))
         ys.append(y)
-    y = torch.cat(ys, dim=1)
-    if D is not None:
-        y = y + D.to(wide) * x.to(wide)
-    return y.to(x.dtype), h
+    return _finish(torch.cat(ys, dim=1), x, D, gate), h
 
 
 def _chunk(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, h: Tensor,
@@ -88,48 +91,61 @@ def _chunk(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, h: Tensor,
     return (u * c[:, :, None]).sum(-1), u[:, -1]
 
 
-@selective_scan.path("numba", when=lambda *args, **named: (
-    usable(*args, *named.values()) and single(*args, *named.values())))
+def _compilable(*args: Tensor | None, **named: Tensor | None) -> bool:
+    tensors = (*args, *named.values())
+    return usable(*tensors) and single(*tensors)
+
+
+@selective_scan.path("numba", when=_compilable)
 def _compiled(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-              state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+              state: Tensor | None = None, reset: Tensor | None = None, *,
+              dt_bias: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Vectors of sixteen channels; states only at chunk boundaries; see kernels/selective_scan."""
-    h = _start(x, dt, A, B, C, state)
-    tensors = (x, dt, A, B, C, D, h)
+    h = _start(x, dt, A, B, C, state, gate)
+    gate = None if gate is None else gate.to(x.dtype)
+    tensors = (x, dt, B, C, gate, A, D, dt_bias, h)
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in tensors)
     return _Scan.apply(*tensors, reset, training)
 
 
-@selective_scan.path("step", when=lambda x, *rest, **named: x.shape[1] == 1)
+def _one_step(x: Tensor, *rest: Tensor | None, **named: Tensor | None) -> bool:
+    return x.shape[1] == 1
+
+
+@selective_scan.path("step", when=_one_step)
 def _step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-          state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One step, for decoding."""
-    return selective_scan.reference(x, dt, A, B, C, D, state, reset)
+          state: Tensor | None = None, reset: Tensor | None = None, *,
+          dt_bias: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One step, for decoding: the loop's body is as light as anything."""
+    return selective_scan.reference(x, dt, A, B, C, D, state, reset, dt_bias=dt_bias, gate=gate)
 
 
 class _Scan(torch.autograd.Function):
-    """The compiled loops, called with contiguous rows and A padded to whole vectors."""
+    """The compiled loops under autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                D: Tensor | None, h: Tensor, reset: Tensor | None, training: bool) -> Any:
+    def forward(ctx: Any, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, gate: Tensor | None,
+                A: Tensor, D: Tensor | None, dt_bias: Tensor | None, h: Tensor,
+                reset: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import selective_scan as kernel
-        y, after, starts = kernel.scan(*(_rows(t) for t in (x, dt, B, C)), A, D, h, reset,
-                                       training, threads())
+        x, dt, B, C = _rows(x), _rows(dt), _rows(B), _rows(C)
+        gate = None if gate is None else _rows(gate)
+        y, after, starts = kernel.scan(x, dt, B, C, gate, A, D, dt_bias, h, reset,
+                                       training=training, threads=threads())
         if training:
-            ctx.save_for_backward(x, dt, A, B, C, D, reset, starts)
-            ctx.state_dtype = h.dtype
+            ctx.save_for_backward(x, dt, B, C, gate, A, D, dt_bias, reset, starts)
         return y, after
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         from manyform.ops.kernels import selective_scan as kernel
-        x, dt, A, B, C, D, reset, starts = ctx.saved_tensors
-        dx, ddt, dA, dB, dC, dD, dh = kernel.scan_gradient(
-            *(_rows(t) for t in (x, dt, B, C)), A, D, reset, starts, _rows(dy), dstate, threads())
-        return (dx, ddt, dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype),
-                None if D is None else dD.to(D.dtype), dh.to(ctx.state_dtype), None, None)
+        *inputs, reset, starts = ctx.saved_tensors
+        *grads, dh = kernel.scan_gradient(*inputs, reset, starts, _rows(dy), dstate,
+                                          threads=threads())
+        cast = [None if t is None else g.to(t.dtype) for t, g in zip(inputs, grads, strict=True)]
+        return (*cast, dh, None, None)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -137,7 +153,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _start(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> Tensor:
+def _steps(dt: Tensor, dt_bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    return dt.to(wide) if dt_bias is None else F.softplus(dt.to(wide) + dt_bias.to(wide))
+
+
+def _finish(y: Tensor, x: Tensor, D: Tensor | None, gate: Tensor | None) -> Tensor:
+    """The skip and the gate, and back to the dtype of x."""
+    if D is not None:
+        y = y + D.to(y.dtype) * x.to(y.dtype)
+    if gate is not None:
+        y = y * F.silu(gate.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def _start(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None,
+           gate: Tensor | None) -> Tensor:
     """The state before the first step, in the wide dtype; arguments checked."""
     if x.ndim != 3 or dt.shape != x.shape or A.ndim != 2 or A.shape[0] != x.shape[2]:
         raise ManyformError("selective_scan needs x and dt (batch, length, channels) and A "
@@ -146,6 +176,7 @@ def _start(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
     batch, length, width = x.shape
     n = A.shape[1]
     for name, t, shape in (("B", B, (batch, length, n)), ("C", C, (batch, length, n)),
+                           ("gate", gate, (batch, length, width)),
                            ("state", state, (batch, width, n))):
         if t is not None and tuple(t.shape) != shape:
             raise ManyformError(f"{name} of selective_scan must be {shape}, not {tuple(t.shape)}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import operator
 
+import numba
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
@@ -150,6 +152,14 @@ def maximum(typing, a, b):
 
 
 @intrinsic
+def minimum(typing, a, b):
+    """The smaller of two lanes, lane by lane; NaN where a is NaN."""
+    def generate(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[1], args[0])
+    return lanes(lanes, lanes), generate
+
+
+@intrinsic
 def largest(typing, value):
     """The largest lane, as float32."""
     def generate(context, builder, signature, args):
@@ -201,9 +211,66 @@ for _name, _symbol in (("fadd", operator.add), ("fsub", operator.sub), ("fmul", 
     _arithmetic(_name, _symbol)
 
 
+_LOG2E = np.float32(1.4426950408889634)
+
+
+@numba.njit(inline="always")
+def sigmoid(v):
+    """1 / (1 + e^-v); below v = -69 it stays at 1e-30."""
+    one = splat(np.float32(1))
+    return one / (one + exp2(minimum(v * splat(-_LOG2E), splat(np.float32(100)))))
+
+
+@numba.njit(inline="always")
+def softplus(v):
+    """log(1 + e^v) = max(v, 0) + log1p(u), u = e^-|v|, with a relative error of 2e-7.
+
+    log1p(u) / u is a polynomial on [0, 1], of least relative error (3.3e-8).
+    """
+    zero = splat(np.float32(0))
+    u = exp2(minimum(v, zero - v) * splat(_LOG2E))
+    q = splat(np.float32(0.00536482525))
+    q = q * u + splat(np.float32(-0.0300657963))
+    q = q * u + splat(np.float32(0.0792045425))
+    q = q * u + splat(np.float32(-0.13753803))
+    q = q * u + splat(np.float32(0.191536553))
+    q = q * u + splat(np.float32(-0.248571638))
+    q = q * u + splat(np.float32(0.333213226))
+    q = q * u + splat(np.float32(-0.49999648))
+    q = q * u + splat(np.float32(1))
+    return maximum(v, zero) + u * q
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def pack(source, at, stride, steps, used, into, offset):
+    """Copy `steps` rows of one vector of channels into a dense float32 scratch; lanes from `used`
+    on get zero."""
+    for t in range(steps):
+        if used == WIDTH:
+            store(into, offset + t * WIDTH, load(source, at + t * stride))
+        else:
+            for j in range(WIDTH):
+                into[offset + t * WIDTH + j] = (
+                    get(source, at + t * stride + j) if j < used else np.float32(0))
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def unpack(scratch, offset, steps, used, target, at, stride):
+    """The inverse of `pack`, dropping the lanes from `used` on."""
+    for t in range(steps):
+        if used == WIDTH:
+            store(target, at + t * stride, load(scratch, offset + t * WIDTH))
+        else:
+            for j in range(used):
+                put(target, at + t * stride + j, scratch[offset + t * WIDTH + j])
+
+
 def flat(x: Tensor):
     """The memory of a tensor from its first to its last element, as a 1-D array, to be indexed
     with the tensor's own strides; float32 as it is, bfloat16 as uint16."""
+    if not x.numel():
+        return x.detach().reshape(-1).view(
+            torch.uint16 if x.dtype == torch.bfloat16 else x.dtype).numpy()
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     line = x.detach().as_strided((span,), (1,))
     return (line.view(torch.uint16) if x.dtype == torch.bfloat16 else line).numpy()

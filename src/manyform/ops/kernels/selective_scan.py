@@ -21,43 +21,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyform.ops.kernels.lanes import FAST, WIDTH, exp2, flat, get, load, put, splat, store, total
+from manyform.ops.kernels.lanes import (
+    FAST,
+    WIDTH,
+    exp2,
+    flat,
+    get,
+    load,
+    pack,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    total,
+    unpack,
+)
 
 CHUNK = 32
 LN2 = np.float32(0.6931471805599453)
 
 
-@numba.njit(fastmath=FAST, inline="always")
-def _pack(source, at, stride, steps, lanes_used, into, offset):
-    """Copy `steps` rows of one vector of channels to a contiguous float32 scratch, 0 past the end."""
-    for t in range(steps):
-        if lanes_used == WIDTH:
-            store(into, offset + t * WIDTH, load(source, at + t * stride))
-        else:
-            for j in range(WIDTH):
-                into[offset + t * WIDTH + j] = (
-                    get(source, at + t * stride + j) if j < lanes_used else np.float32(0))
-
-
-@numba.njit(fastmath=FAST, inline="always")
-def _unpack(scratch, offset, steps, lanes_used, target, at, stride):
-    """The inverse of `_pack`, dropping the lanes past the end."""
-    for t in range(steps):
-        if lanes_used == WIDTH:
-            store(target, at + t * stride, load(scratch, offset + t * WIDTH))
-        else:
-            for j in range(lanes_used):
-                put(target, at + t * stride + j, scratch[offset + t * WIDTH + j])
-
-
 @numba.njit(fastmath=FAST, parallel=True, cache=True)
-def forward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, states, starts, y, shape, groups):
+def forward(x, xs, dt, dts, b, bs, c, cs, gate, gs, a, skip, bias, reset, states, starts, y,
+            shape, groups):
     """y, the state after the last step (in `states`, which holds the first one at the call), and
     the state before each chunk (in `starts`, unless it is empty).
 
-    x, dt, b, c: flat arrays, with (batch, time) strides in xs, dts, bs, cs; y: flat, contiguous;
-    reset: (B, T) uint8 or empty; skip: (padded D,); states: (B, N, padded D);
-    starts: flat (B, chunks, N, padded D).
+    x, dt, b, c, gate: flat arrays, with (batch, time) strides in xs, dts, bs, cs, gs; y: flat,
+    contiguous; skip, bias: (padded D,); reset: (B, T) uint8; gate, bias and reset are empty where
+    the operation has none; states: (B, N, padded D); starts: flat (B, chunks, N, padded D).
     """
     batch, length, width, n_state = shape
     padded = a.shape[1]
@@ -69,10 +61,11 @@ def forward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, states, starts, y, sha
         pdt = np.empty(CHUNK * WIDTH, np.float32)
         px = np.empty(CHUNK * WIDTH, np.float32)
         py = np.empty(CHUNK * WIDTH, np.float32)
-        h = states[row].reshape(-1)
-        af = a.reshape(-1)
+        pz = np.empty(CHUNK * WIDTH, np.float32)
         pb = np.empty(CHUNK * n_state, np.float32)
         pc = np.empty(CHUNK * n_state, np.float32)
+        h = states[row].reshape(-1)
+        af = a.reshape(-1)
         for k in range(chunks):
             t0 = k * CHUNK
             steps = min(CHUNK, length - t0)
@@ -83,8 +76,11 @@ def forward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, states, starts, y, sha
             for v in range(first, last):
                 used = min(WIDTH, width - v * WIDTH)
                 col = v * WIDTH
-                _pack(x, row * xs[0] + t0 * xs[1] + col, xs[1], steps, used, px, 0)
-                _pack(dt, row * dts[0] + t0 * dts[1] + col, dts[1], steps, used, pdt, 0)
+                pack(x, row * xs[0] + t0 * xs[1] + col, xs[1], steps, used, px, 0)
+                pack(dt, row * dts[0] + t0 * dts[1] + col, dts[1], steps, used, pdt, 0)
+                if bias.shape[0] > 0:
+                    for t in range(steps):
+                        store(pdt, t * WIDTH, softplus(load(pdt, t * WIDTH) + load(bias, col)))
                 if starts.shape[0] > 0:
                     for n in range(n_state):
                         store(starts, ((row * chunks + k) * n_state + n) * padded + col,
@@ -104,15 +100,20 @@ def forward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, states, starts, y, sha
                         store(h, at, state)
                         acc = acc + splat(pc[t * n_state + n]) * state
                     store(py, t * WIDTH, acc)
-                _unpack(py, 0, steps, used, y, (row * length + t0) * width + col, width)
+                if gate.shape[0] > 0:
+                    pack(gate, row * gs[0] + t0 * gs[1] + col, gs[1], steps, used, pz, 0)
+                    for t in range(steps):
+                        z = load(pz, t * WIDTH)
+                        store(py, t * WIDTH, load(py, t * WIDTH) * z * sigmoid(z))
+                unpack(py, 0, steps, used, y, (row * length + t0) * width + col, width)
 
 
 @numba.njit(fastmath=FAST, parallel=True, cache=True)
-def backward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, starts, dy, dys, dstates,
-             dx, ddt, db, dc, da, dskip, shape, groups):
+def backward(x, xs, dt, dts, b, bs, c, cs, gate, gs, a, skip, bias, reset, starts, dy, dys,
+             dstates, dx, ddt, db, dc, dgate, da, dskip, dbias, shape, groups):
     """Gradients. dstates: (B, N, padded D), the gradient of the last state at the call and of
-    the first one afterwards; dx, ddt: flat, contiguous (B, T, D); db, dc: (groups, B, T, N);
-    da: (B, N, padded D) of a, dskip: (B, padded D), both zero at the call."""
+    the first one afterwards; dx, ddt, dgate: flat, contiguous (B, T, D); db, dc: (groups, B, T,
+    N); da: (B, N, padded D) of a; dskip, dbias: (B, padded D); these three zero at the call."""
     batch, length, width, n_state = shape
     padded = a.shape[1]
     vectors = padded // WIDTH
@@ -123,6 +124,8 @@ def backward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, starts, dy, dys, dsta
         pdt = np.empty(CHUNK * WIDTH, np.float32)
         px = np.empty(CHUNK * WIDTH, np.float32)
         pdy = np.empty(CHUNK * WIDTH, np.float32)
+        pz = np.empty(CHUNK * WIDTH, np.float32)  # the gate, then its gradient
+        slope = np.empty(CHUNK * WIDTH, np.float32)  # of softplus
         pb = np.empty(CHUNK * n_state, np.float32)
         pc = np.empty(CHUNK * n_state, np.float32)
         line = n_state * WIDTH
@@ -133,8 +136,8 @@ def backward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, starts, dy, dys, dsta
         g = dstates[row].reshape(-1)
         af = a.reshape(-1)
         daf = da[row].reshape(-1)
-        dskipf = dskip[row]
-        zero = splat(np.float32(0))
+        dskipf, dbiasf = dskip[row], dbias[row]
+        zero, one = splat(np.float32(0)), splat(np.float32(1))
         for k in range(chunks - 1, -1, -1):
             t0 = k * CHUNK
             steps = min(CHUNK, length - t0)
@@ -148,9 +151,21 @@ def backward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, starts, dy, dys, dsta
             for v in range(first, last):
                 used = min(WIDTH, width - v * WIDTH)
                 col = v * WIDTH
-                _pack(x, row * xs[0] + t0 * xs[1] + col, xs[1], steps, used, px, 0)
-                _pack(dt, row * dts[0] + t0 * dts[1] + col, dts[1], steps, used, pdt, 0)
-                _pack(dy, row * dys[0] + t0 * dys[1] + col, dys[1], steps, used, pdy, 0)
+                pack(x, row * xs[0] + t0 * xs[1] + col, xs[1], steps, used, px, 0)
+                pack(dt, row * dts[0] + t0 * dts[1] + col, dts[1], steps, used, pdt, 0)
+                pack(dy, row * dys[0] + t0 * dys[1] + col, dys[1], steps, used, pdy, 0)
+                if bias.shape[0] > 0:
+                    for t in range(steps):
+                        raw = load(pdt, t * WIDTH) + load(bias, col)
+                        store(slope, t * WIDTH, sigmoid(raw))
+                        store(pdt, t * WIDTH, softplus(raw))
+                if gate.shape[0] > 0:
+                    pack(gate, row * gs[0] + t0 * gs[1] + col, gs[1], steps, used, pz, 0)
+                    for t in range(steps):
+                        z, out = load(pz, t * WIDTH), load(pdy, t * WIDTH)
+                        s = sigmoid(z)
+                        store(pdy, t * WIDTH, out * z * s)
+                        store(pz, t * WIDTH, out * s * (one + z * (one - s)))
                 for n in range(n_state):
                     store(h, n * WIDTH,
                           load(starts, ((row * chunks + k) * n_state + n) * padded + col))
@@ -164,29 +179,42 @@ def backward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, starts, dy, dys, dsta
                         store(e, at, decay)
                         store(h, at + line, decay * load(h, at) + u * splat(pb[t * n_state + n]))
                 d_skip = load(skip, col)
-                dskip_sum = load(dskipf, col)
+                dskip_sum, dbias_sum = load(dskipf, col), load(dbiasf, col)
                 for t in range(steps - 1, -1, -1):
                     xt, dtt, dyt = load(px, t * WIDTH), load(pdt, t * WIDTH), load(pdy, t * WIDTH)
                     u = xt * dtt
-                    du, slope = zero, zero  # gradients of dt x, and of dt through the decay
+                    y = xt * d_skip
+                    du, rate = zero, zero  # gradients of dt x, and of dt through the decay
                     for n in range(n_state):
                         at, here = t * line + n * WIDTH, n * padded + col
                         i = t * n_state + n
-                        gt = load(g, here) + splat(pc[i]) * dyt
-                        store(sum_c, i * WIDTH, load(sum_c, i * WIDTH) + dyt * load(h, at + line))
+                        state, ct = load(h, at + line), splat(pc[i])
+                        y = y + ct * state
+                        gt = load(g, here) + ct * dyt
+                        store(sum_c, i * WIDTH, load(sum_c, i * WIDTH) + dyt * state)
                         store(sum_b, i * WIDTH, load(sum_b, i * WIDTH) + gt * u)
                         du = du + gt * splat(pb[i])
                         ge = gt * load(e, at)
                         store(g, here, ge)
                         w = ge * load(h, at)
-                        slope = slope + w * load(af, here)
+                        rate = rate + w * load(af, here)
                         store(daf, here, load(daf, here) + w * dtt)
-                    store(pdt, t * WIDTH, slope * splat(LN2) + du * xt)
+                    ddtt = rate * splat(LN2) + du * xt
+                    if bias.shape[0] > 0:
+                        ddtt = ddtt * load(slope, t * WIDTH)
+                        dbias_sum = dbias_sum + ddtt
+                    if gate.shape[0] > 0:
+                        store(pz, t * WIDTH, load(pz, t * WIDTH) * y)
+                    store(pdt, t * WIDTH, ddtt)
                     store(px, t * WIDTH, du * dtt + d_skip * dyt)
                     dskip_sum = dskip_sum + xt * dyt
                 store(dskipf, col, dskip_sum)
-                _unpack(px, 0, steps, used, dx, (row * length + t0) * width + col, width)
-                _unpack(pdt, 0, steps, used, ddt, (row * length + t0) * width + col, width)
+                store(dbiasf, col, dbias_sum)
+                to = (row * length + t0) * width + col
+                unpack(px, 0, steps, used, dx, to, width)
+                unpack(pdt, 0, steps, used, ddt, to, width)
+                if gate.shape[0] > 0:
+                    unpack(pz, 0, steps, used, dgate, to, width)
             for t in range(steps):
                 for n in range(n_state):
                     i = (t * n_state + n) * WIDTH
@@ -194,54 +222,60 @@ def backward(x, xs, dt, dts, b, bs, c, cs, a, skip, reset, starts, dy, dys, dsta
                     dc[group, row, t0 + t, n] = total(load(sum_c, i))
 
 
-_NO_RESET = np.zeros((0, 0), np.uint8)
-_NO_STARTS = np.zeros(0, np.float32)
-
-
-def scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, A: Tensor, D: Tensor | None, h: Tensor,
-         reset: Tensor | None, training: bool, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+def scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor | None, A: Tensor,
+         D: Tensor | None, bias: Tensor | None, h: Tensor, reset: Tensor | None, *,
+         training: bool, threads: int) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, T, D), the last state (B, D, N), and the states that the gradient needs.
 
     Arguments as in the operation, dense in their last dimension; float32 or bfloat16.
     """
     batch, length, width = x.shape
     n = A.shape[1]
-    a, skip = _padded(A, D)
-    states = F.pad(h.detach().transpose(1, 2), (0, a.shape[1] - width)).contiguous()
+    a, skip, shift = _padded(A, D, bias)
+    padded = a.shape[1]
+    states = F.pad(h.detach().transpose(1, 2), (0, padded - width)).contiguous()
     chunks = (length + CHUNK - 1) // CHUNK
-    starts = torch.empty(batch * chunks * n * a.shape[1] if training else 0)
+    starts = torch.empty(batch * chunks * n * padded if training else 0)
     y = torch.empty(batch, length, width, dtype=x.dtype)
-    forward(*_line(x), *_line(dt), *_line(b), *_line(c), a.numpy(), skip.numpy(), _bytes(reset),
+    forward(*_lines(x, dt, b, c, gate), a.numpy(), skip.numpy(), shift.numpy(), _bytes(reset),
             states.numpy(), starts.numpy(), flat(y), (batch, length, width, n),
-            _groups(batch, a.shape[1], threads))
+            _groups(batch, padded, threads))
     return y, states[:, :, :width].transpose(1, 2).contiguous(), starts
 
 
-def scan_gradient(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, A: Tensor, D: Tensor | None,
-                  reset: Tensor | None, starts: Tensor, dy: Tensor, dstate: Tensor, threads: int,
-                  ) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C, D and the first state, given those of `scan`'s results."""
+def scan_gradient(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor | None, A: Tensor,
+                  D: Tensor | None, bias: Tensor | None, reset: Tensor | None, starts: Tensor,
+                  dy: Tensor, dstate: Tensor, *, threads: int) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, b, c, gate, A, D, bias and the first state."""
     batch, length, width = x.shape
     n = A.shape[1]
-    a, skip = _padded(A, D)
+    a, skip, shift = _padded(A, D, bias)
     padded = a.shape[1]
     groups = _groups(batch, padded, threads)
     g = F.pad(dstate.transpose(1, 2), (0, padded - width)).contiguous()
     dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=dt.dtype)
+    dgate = torch.empty(x.shape if gate is not None else 0, dtype=x.dtype)
     db, dc = torch.empty(2, groups, batch, length, n)
-    da, dskip = torch.zeros(batch, n, padded), torch.zeros(batch, padded)
-    backward(*_line(x), *_line(dt), *_line(b), *_line(c), a.numpy(), skip.numpy(), _bytes(reset),
+    da, (dskip, dbias) = torch.zeros(batch, n, padded), torch.zeros(2, batch, padded)
+    backward(*_lines(x, dt, b, c, gate), a.numpy(), skip.numpy(), shift.numpy(), _bytes(reset),
              starts.numpy(), *_line(dy), g.numpy(), flat(dx), flat(ddt), db.numpy(), dc.numpy(),
-             da.numpy(), dskip.numpy(), (batch, length, width, n), groups)
-    return (dx, ddt, da.sum(0)[:, :width].T, db.sum(0), dc.sum(0), dskip.sum(0)[:width],
-            g[:, :, :width].transpose(1, 2))
+             flat(dgate), da.numpy(), dskip.numpy(), dbias.numpy(), (batch, length, width, n),
+             groups)
+    return (dx, ddt, db.sum(0), dc.sum(0), dgate, da.sum(0)[:, :width].T, dskip.sum(0)[:width],
+            dbias.sum(0)[:width], g[:, :, :width].transpose(1, 2))
 
 
-def _padded(A: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A log2(e) as (N, D padded to whole vectors), and the skip weights (D padded)."""
+def _padded(A: Tensor, D: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A log2(e) as (N, D padded to whole vectors), skip weights and bias (D padded)."""
     more = -A.shape[0] % WIDTH
     a = F.pad(A.detach().float().T * math.log2(math.e), (0, more)).contiguous()
-    return a, a.new_zeros(a.shape[1]) if D is None else F.pad(D.detach().float(), (0, more))
+    skip = a.new_zeros(a.shape[1]) if D is None else F.pad(D.detach().float(), (0, more))
+    return a, skip, a.new_empty(0) if bias is None else F.pad(bias.detach().float(), (0, more))
+
+
+def _lines(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor | None) -> tuple:
+    none = x.new_empty(0, 0, 0) if gate is None else gate
+    return (*_line(x), *_line(dt), *_line(b), *_line(c), *_line(none))
 
 
 def _line(x: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
@@ -249,7 +283,9 @@ def _line(x: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def _bytes(reset: Tensor | None) -> np.ndarray:
-    return _NO_RESET if reset is None else reset.contiguous().view(torch.uint8).numpy()
+    if reset is None:
+        return np.zeros((0, 0), np.uint8)
+    return reset.contiguous().view(torch.uint8).numpy()
 
 
 def _groups(batch: int, padded: int, threads: int) -> int:

@@ -122,9 +122,16 @@ def test_an_epoch_sees_every_token_at_most_once(lengths, length, seed):
     for epoch in range(2):
         seen = batches.rows(epoch * batches.windows, batches.windows).tokens.flatten()
         assert len(seen) == len(seen.unique()) == rows.size // length * length
-    if batches.windows > 4:
-        first, second = (batches.rows(e * batches.windows, batches.windows).tokens for e in (0, 1))
-        assert not torch.equal(first, second)
+
+
+def test_each_epoch_has_its_own_order_and_cuts():
+    n, length = 1_000, 7
+    batches = Batches(Rows(n), batch_size=1, length=length, seed=0)
+    first, second = (batches.rows(e * batches.windows, batches.windows).tokens[:, 0]
+                     for e in (0, 1))
+    assert first[0] % length != second[0] % length
+    # Steps from window to window do not depend on where the ring was cut.
+    assert not torch.equal(first.diff() % n, second.diff() % n)
 
 
 def test_samples_past_a_block_continue():

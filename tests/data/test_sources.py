@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 import types
 
@@ -290,7 +291,6 @@ def test_bad_requests(tmp_path):
 
 
 def test_fingerprint_sees_every_change(tmp_path, monkeypatch):
-    import os
     path = tmp_path / "a.txt"
     path.write_text("one")
     source = open_source(path)
@@ -310,6 +310,17 @@ def test_fingerprint_sees_every_change(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(sources, "SMALL_INPUT", 0)
     path.write_text("six")  # ... unless the time is new
+    assert source.fingerprint(known)["content"] != known["content"]
+
+
+def test_a_file_written_within_the_clocks_grain_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SMALL_INPUT", 0)
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    source = open_source(path)
+    known, info = source.fingerprint(), path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert source.fingerprint(known)["content"] != known["content"]
 
 

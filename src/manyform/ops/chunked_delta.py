@@ -30,8 +30,8 @@ from manyform.ops.matrix_recurrence import matrix_recurrence
 
 CHUNK = 64
 LIMIT = 60.0
-"""Largest total log decay of a chunk, a channel: two factors of at most exp(30) each, whose masked
-products stay finite in float32 and bfloat16."""
+"""Largest total log decay of a chunk, a channel: its factors exp(c_i) and exp(-c_j) and their
+masked products stay finite in float32 and bfloat16."""
 
 Erase = tuple[Tensor, Tensor]
 
@@ -41,9 +41,10 @@ class Frame(NamedTuple):
 
     pair: (..., C, C), row i, column j: what a query at i sees of step j (0 if nothing).
     starts: (T/C, B, C) bool, true where a document begins, or None.
-    mix_x, mix_y: factors of [a; q] and [b; k] in products of one with the other; None is 1.
-    read, write: factors of [a; q] when they read the incoming state, of one of b, k when they
-    write to the outgoing one. keep: (N, K or 1, 1), what the chunk keeps of its incoming state.
+    mix_x, mix_y: factors of [a; q] and of b and k each: a decay of a channel; None is 1.
+    read, write: factors, besides, of [a; q] when they read the incoming state, and of b and k when
+    they write to the outgoing one. keep: (N, K or 1, 1), what stays of the incoming state.
+    cumulate: (..., C, C), the sums that make c of log decays.
     """
 
     pair: Tensor
@@ -76,10 +77,8 @@ def _join(x: Tensor, length: int) -> Tensor:
 
 
 def _frame(log_decay: Tensor | None, reset: Tensor | None, shape: tuple[int, ...], size: int,
-           dtype: torch.dtype, wide: torch.dtype, device: torch.device) -> tuple[Frame, Tensor | None]:
-    """The frame, and the cumulative log decays (T/C, B, H, C, 1 or K), or None without decay.
-
-    shape: (T/C, B, H). Sums restart with each document, so that nothing of one enters another.
+           dtype: torch.dtype, wide: torch.dtype, device: torch.device) -> Frame:
+    """shape: (T/C, B, H). Sums restart with each document, so that nothing of one enters another.
     """
     tril = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     starts = first = last = None
@@ -92,36 +91,31 @@ def _frame(log_decay: Tensor | None, reset: Tensor | None, shape: tuple[int, ...
         last = (segment == segment[..., -1:])[:, :, None, :, None]
     cumulate = same.to(wide)
     pair = same if same.ndim == 2 else same[:, :, None]
-    if log_decay is None:
-        read = write = keep = None
-        if first is not None and last is not None:
-            read = torch.cat([first, first], 3).expand(*shape, -1, -1).to(dtype)
-            write = last.expand(*shape, -1, -1).to(dtype)
-            keep = first[..., -1:, :].expand(*shape, -1, -1).to(wide).flatten(0, 2)
-        return Frame(pair.to(dtype), starts, None, None, read, write, keep, cumulate), None
-    g = _chunks(log_decay, size)
-    c = (cumulate @ g.flatten(3)).reshape(g.shape)
-    c = (c if c.ndim == 5 else c[..., None]).transpose(2, 3)
-    before = F.pad(c[..., :-1, :], (0, 0, 1, 0))
-    ends = c[..., -1:, :]
-    total = torch.cat([before, c], 3)
-    mix_x = mix_y = None
-    if log_decay.ndim == 3:
-        seen = c - c.mT
-        pair = seen.masked_fill_(~pair, -torch.inf).exp_()
-    else:
-        middle = c.amin(3, keepdim=True) / 2
-        mix_x = (total - middle).exp_().to(dtype)
-        mix_y = (middle - c).exp_().to(dtype)
-    read, write, keep = total.exp_(), (ends - c).exp_(), ends.exp()
+    mix_x = mix_y = read = write = keep = None
     if first is not None and last is not None:
-        # Where a chunk holds two documents ends - c is meaningless for the first, and may be
-        # large: it is replaced, not multiplied.
-        read = read * torch.cat([first, first], 3)
-        write = write.masked_fill(~last, 0)
-        keep = keep * first[..., -1:, :]
-    return Frame(pair.to(dtype), starts, mix_x, mix_y, read.to(dtype), write.to(dtype),
-                 keep.mT.flatten(0, 2), cumulate), c
+        read = torch.cat([first, first], 3).expand(*shape, -1, -1).to(dtype)
+        write = last.expand(*shape, -1, -1).to(dtype)
+        keep = first[..., -1:, :].expand(*shape, -1, -1).to(wide)
+    if log_decay is not None:
+        g = _chunks(log_decay, size)
+        c = (cumulate @ g.flatten(3)).reshape(g.shape)
+        c = (c if c.ndim == 5 else c[..., None]).transpose(2, 3)
+        ends = c[..., -1:, :]
+        kept = torch.cat([F.pad(c[..., :-1, :], (0, 0, 1, 0)), c], 3).exp_()
+        keep = ends.exp() if keep is None else ends.exp() * keep
+        if log_decay.ndim == 3:
+            pair = (c - c.mT).masked_fill_(~pair, -torch.inf).exp_()
+            # Where a chunk holds two documents, ends - c means nothing for the first, and may be
+            # large: it is replaced, not multiplied.
+            left = ends - c if last is None else (ends - c).masked_fill_(~last, -torch.inf)
+            read = kept.to(dtype) if read is None else read * kept
+            write = left.exp_()
+        else:
+            mix_x, mix_y = kept.to(dtype), (-c).exp_().to(dtype)
+            write = ends.exp() if write is None else write * ends.exp()
+        read, write = (None if x is None else x.to(dtype) for x in (read, write))
+    return Frame(pair.to(dtype), starts, mix_x, mix_y, read, write,
+                 None if keep is None else keep.mT.flatten(0, 2), cumulate)
 
 
 def _mask(products: Tensor, frame: Frame, shape: tuple[int, ...]) -> Tensor:
@@ -131,6 +125,9 @@ def _mask(products: Tensor, frame: Frame, shape: tuple[int, ...]) -> Tensor:
     (it reads the undecayed S_{i-1}), and nothing where a document begins.
     """
     size = frame.pair.shape[-1]
+    if frame.pair.ndim == 2:
+        full = torch.cat([frame.pair.tril(-1), frame.pair])
+        return products.mul_(full.repeat(1, products.shape[-1] // size))
     view = products.view(*shape, 2 * size, -1, size)
     pair = frame.pair[..., :, None, :]
     view[..., size:, :, :] *= pair
@@ -173,10 +170,11 @@ class _Parts(NamedTuple):
 
 
 def _times(x: Tensor, factor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """x: (N, m, K) times a factor (*shape, m or m/2, K or 1), which serves both halves."""
+    """x: (N, m, K) times a factor (*shape, m, m/2 or 1, K or 1); m/2 rows serve both halves."""
     if factor is None:
         return x
-    return (x.view(*shape, -1, factor.shape[3], x.shape[-1]) * factor[:, :, :, None]).view(x.shape)
+    rows = x.shape[1] if factor.shape[3] == 1 else factor.shape[3]
+    return (x.view(*shape, -1, rows, x.shape[-1]) * factor[:, :, :, None]).view(x.shape)
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, frame: Frame,
@@ -192,8 +190,8 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, frame: 
     x, y = x.flatten(0, 2), y.flatten(0, 2)
     x_mix, y_mix = _times(x, frame.mix_x, shape), _times(y, frame.mix_y, shape)
     products = _mask(x_mix @ y_mix.mT, frame, shape)
-    return _Parts(x, y, x_mix, y_mix, _times(x, frame.read, shape), _times(y, frame.write, shape),
-                  products, _head_chunks(v, size).flatten(0, 2))
+    return _Parts(x, y, x_mix, y_mix, _times(x_mix, frame.read, shape),
+                  _times(y_mix, frame.write, shape), products, _head_chunks(v, size).flatten(0, 2))
 
 
 def _transfer(parts: _Parts, solved: Tensor, frame: Frame, wide: torch.dtype) -> Tensor:
@@ -218,7 +216,7 @@ class _ChunkedDelta(torch.autograd.Function):
         n = -(-length // size)
         shape = (n, batch, heads)
         with torch.autocast(v.device.type, enabled=False):
-            frame, _ = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
+            frame = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
             p = _parts(q, k, v, a, b, frame, shape, size, scale)
             inverse = unit_inverse(p.products[:, :size, :size].to(wide)).to(v.dtype)
             right = p.v if b is None else p.products[:, :size, size:] @ p.v
@@ -251,7 +249,7 @@ class _ChunkedDelta(torch.autograd.Function):
         n, batch, heads = shape
         length, key, value = v.shape[1], k.shape[-1], v.shape[-1]
         with torch.autocast(v.device.type, enabled=False):
-            frame, c = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
+            frame = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
             p = _parts(q, k, v, a, b, frame, shape, size, scale)
             # zy = [dL/d(T^-1 u); dy], the gradients of the two halves of x's results
             zy = v.new_empty(n * batch * heads, 2 * size, value)
@@ -275,11 +273,10 @@ class _ChunkedDelta(torch.autograd.Function):
                 uv = torch.cat([u, p.v], 1)
                 dv = torch.baddbmm(p.y_write[:, size:] @ outgoing, p.products[:, :, size:].mT, zy)
             dproducts = _mask(zy @ uv.mT, frame, shape)
-            dx_read, dy_write = zy @ incoming.mT, uv @ outgoing.mT
-            dx = (_times(dproducts @ p.y_mix, frame.mix_x, shape)
-                  + _times(dx_read, frame.read, shape))
-            dk = (_times(dproducts.mT @ p.x_mix, frame.mix_y, shape)
-                  + _times(dy_write, frame.write, shape))
+            dy_write = uv @ outgoing.mT
+            dx = torch.baddbmm(_times(zy @ incoming.mT, frame.read, shape), dproducts, p.y_mix)
+            dk = torch.baddbmm(_times(dy_write, frame.write, shape), dproducts.mT, p.x_mix)
+            dx, dk = _times(dx, frame.mix_x, shape), _times(dk, frame.mix_y, shape)
             dg = None
             if log_decay is not None:
                 dg = _decay_gradient(p, frame, dx, dk, dy_write, incoming, dstates[1:], log_decay,
@@ -299,7 +296,7 @@ def _decay_gradient(p: _Parts, frame: Frame, dx: Tensor, dk: Tensor, dy_write: T
     Every x_i carries exp(its total), every y_j exp(-its total), so the gradient of a total is
     x * dx or -y * dy; what a chunk writes and keeps carries exp(the chunk's total) besides.
     """
-    wide, key = log_decay.dtype, p.x.shape[-1]
+    wide = log_decay.dtype
     n, batch, heads = shape
 
     def total(left: Tensor, right: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ def grads(path, x, w, b, state, reset, activation):
 @pytest.mark.parametrize("with_reset", [False, True])
 def test_every_form_equals_the_reference(path, activation, batch, length, channels, taps,
                                          with_reset):
+    if path == "step" and length != 1:
+        pytest.skip("the step form is for one step")
     x, w, b, state, reset = inputs(batch, length, channels, taps)
     reset = reset if with_reset else None
     y, after, gs = grads(path, x, w, b, state, reset, activation)
@@ -47,7 +49,7 @@ def test_every_form_equals_the_reference(path, activation, batch, length, channe
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", short_conv.paths)
+@pytest.mark.parametrize("path", ["numba", "torch", "reference"])
 def test_bfloat16_input_keeps_float32_inside(path):
     x, w, b, state, reset = inputs(2, 37, 48, 4)
     low = x.bfloat16()
@@ -61,7 +63,7 @@ def test_bfloat16_input_keeps_float32_inside(path):
         torch.testing.assert_close(got.float(), expected, rtol=2e-2, atol=2e-2 * expected.std())
 
 
-@pytest.mark.parametrize("path", short_conv.paths)
+@pytest.mark.parametrize("path", ["numba", "torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cut_stream_gives_the_same_answer(path, dtype):
     x, w, b, _, reset = inputs(2, 23, 40, 4, dtype)

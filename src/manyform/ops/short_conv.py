@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from manyform.errors import ManyformError, unknown
+from manyform.ops.kernels import single, threads, usable
 from manyform.ops.operation import operation
 
 ACTIVATIONS = (None, "silu")
@@ -60,9 +63,80 @@ def _shifted(x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tenso
         y = y + (tap if age is None else tap * (age >= back))
     after = window[:, length:]
     if age is not None:
-        after = after * (age[:, -1:] >= torch.arange(taps - 2, -1, -1, device=x.device)[:, None])
+        after = after * _visible(age[..., 0], taps - 1)
     y = y if bias is None else y + bias.to(y.dtype)
     return _activate(y, activation).to(x.dtype), after
+
+
+def _compilable(x: Tensor, weight: Tensor, bias: Tensor | None = None,
+                state: Tensor | None = None, reset: Tensor | None = None,
+                activation: str | None = None) -> bool:
+    return usable(x, weight, bias, state, reset) and single(x, weight, bias, state)
+
+
+@short_conv.path("numba", when=_compilable)
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None,
+              reset: Tensor | None = None, activation: str | None = None,
+              ) -> tuple[Tensor, Tensor]:
+    """One pass over memory; see kernels/short_conv."""
+    state = _start(x, weight, state, activation)
+    reach = None if reset is None else steps_since_reset(reset)
+    return _Conv.apply(x, weight, bias, state, reach, activation == "silu")
+
+
+def _one_step(x: Tensor, *rest: Tensor | str | None, **named: Tensor | str | None) -> bool:
+    return x.shape[1] == 1
+
+
+@short_conv.path("step", when=_one_step)
+def _step(x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None,
+          reset: Tensor | None = None, activation: str | None = None) -> tuple[Tensor, Tensor]:
+    """One step, for decoding: the loop's body is as light as anything."""
+    return short_conv.reference(x, weight, bias, state, reset, activation)
+
+
+class _Conv(torch.autograd.Function):
+    """The compiled loops under autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
+                reach: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+        from manyform.ops.kernels import short_conv as kernel
+        x, state = _rows(x), state.contiguous()
+        y = kernel.conv(x, weight, bias, state, reach, silu=silu, threads=threads())
+        ctx.save_for_backward(x, weight, bias, state, reach)
+        ctx.silu = silu
+        kept = state.shape[1]
+        last = x[:, max(0, x.shape[1] - kept):].to(state.dtype)
+        after = torch.cat([state, last], dim=1)[:, last.shape[1]:]
+        return y, after if reach is None else after * _visible(reach, kept)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
+        from manyform.ops.kernels import short_conv as kernel
+        x, weight, bias, state, reach = ctx.saved_tensors
+        dx, dweight, dbias, dstate = kernel.conv_gradient(
+            x, weight, bias, state, reach, _rows(dy), silu=ctx.silu, threads=threads())
+        kept, length = state.shape[1], x.shape[1]
+        if reach is not None:
+            dafter = dafter * _visible(reach, kept)
+        if kept:
+            recent = min(kept, length)
+            dx[:, length - recent:] += dafter[:, kept - recent:].to(dx.dtype)
+            dstate[:, recent:] += dafter[:, :kept - recent]
+        return (dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype),
+                dstate, None, None)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is dense, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _visible(age: Tensor, kept: int) -> Tensor:
+    """Which of the last `kept` inputs a next step may see: (B, kept, 1) bool."""
+    return age[:, -1:, None] >= torch.arange(kept - 1, -1, -1, device=age.device)[:, None]
 
 
 def steps_since_reset(reset: Tensor) -> Tensor:
@@ -72,8 +146,8 @@ def steps_since_reset(reset: Tensor) -> Tensor:
     return steps - last
 
 
-def _window(x: Tensor, weight: Tensor, state: Tensor | None, activation: str | None) -> Tensor:
-    """The state and the input, one after the other in the wide dtype; arguments checked."""
+def _start(x: Tensor, weight: Tensor, state: Tensor | None, activation: str | None) -> Tensor:
+    """The state before the first step, in the wide dtype; arguments checked."""
     if weight.ndim != 2 or x.ndim != 3 or weight.shape[0] != x.shape[2]:
         raise ManyformError("short_conv needs x (batch, length, channels) and weight (channels, "
                             f"taps), not {tuple(x.shape)} and {tuple(weight.shape)}")
@@ -82,10 +156,16 @@ def _window(x: Tensor, weight: Tensor, state: Tensor | None, activation: str | N
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     if state is None:
-        state = x.new_zeros(shape, dtype=wide)
-    elif state.shape != shape:
+        return x.new_zeros(shape, dtype=wide)
+    if state.shape != shape:
         raise ManyformError(f"the state of this short_conv is {shape}, not {tuple(state.shape)}")
-    return torch.cat([state.to(wide), x.to(wide)], dim=1)
+    return state.to(wide)
+
+
+def _window(x: Tensor, weight: Tensor, state: Tensor | None, activation: str | None) -> Tensor:
+    """The state and the input, one after the other in the wide dtype."""
+    start = _start(x, weight, state, activation)
+    return torch.cat([start, x.to(start.dtype)], dim=1)
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from manyform.ops import trace, use
 from manyform.ops.cross_entropy import linear_cross_entropy
+from manyform.ops.gelu import gelu_tanh
 from manyform.ops.rms_norm import rms_norm
 from manyform.ops.swiglu import swiglu
 
@@ -60,6 +61,14 @@ def test_swiglu_with_gates_from_tiny_to_huge(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gelu_with_inputs_from_tiny_to_huge(dtype):
+    x = torch.randn(7, 33, 64)
+    x *= torch.logspace(-3, 2, 64)
+    x = x.to(dtype).requires_grad_()
+    close(both(gelu_tanh, (x,), torch.randn(7, 33, 64)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("vocab", [5, 65, 1024])
 def test_cross_entropy(dtype, vocab, monkeypatch):
     monkeypatch.setattr("manyform.ops.cross_entropy._LOGITS_AT_ONCE", 100 * vocab)
@@ -87,6 +96,7 @@ def test_what_is_not_finite_stays_visible(bad):
     x[3, 3] = bad
     assert not bool(torch.isfinite(rms_norm(x, torch.ones(256))).all())
     assert not bool(torch.isfinite(swiglu(x)).all())
+    assert not bool(torch.isfinite(gelu_tanh(x)).all())
 
 
 def test_a_target_outside_the_vocabulary_is_refused():
@@ -103,7 +113,7 @@ def test_compiled_forms_write_every_element(monkeypatch):
                         lambda *a, **k: real_new_empty(*a, **k).fill_(float("nan")))
     x = torch.randn(100, 64, requires_grad=True)
     x2 = torch.randn(100, 128, requires_grad=True)
-    for y, inputs in ((rms_norm(x, torch.ones(64)), x), (swiglu(x2), x2)):
+    for y, inputs in ((rms_norm(x, torch.ones(64)), x), (swiglu(x2), x2), (gelu_tanh(x2), x2)):
         (g,) = torch.autograd.grad(y.sum(), inputs)
         assert bool(torch.isfinite(y).all())
         assert bool(torch.isfinite(g).all())

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from manyform.contract import Cost, Mixer, Place, channel
 from manyform.errors import ManyformError, unknown
 from manyform.init import linear, residual_std
+from manyform.ops.gelu import gelu_tanh
 from manyform.ops.swiglu import swiglu
 from manyform.state import State
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh,
                "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
 
 

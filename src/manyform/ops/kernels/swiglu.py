@@ -5,19 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from manyform.ops.kernels.lanes import FAST, WIDTH, exp2, load, maximum, splat, store
-
-_LOG2E = np.float32(1.4426950408889634)
-
-
-@numba.njit(inline="always")
-def _sigmoid(v):  # noqa: ANN001, ANN202
-    """1 / (1 + e^-v); the exponent is held below 2^100, where the quotient is zero anyway."""
-    scaled = splat(-_LOG2E) * v
-    capped = splat(np.float32(0)) - maximum(splat(np.float32(0)) - scaled,
-                                            splat(np.float32(-100)))
-    return splat(np.float32(1)) / (splat(np.float32(1)) + exp2(capped))
-
+from manyform.ops.kernels.lanes import FAST, WIDTH, load, sigmoid, splat, store
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
 def forward(x, y, rows, h):  # noqa: ANN001, ANN201
@@ -26,7 +14,7 @@ def forward(x, y, rows, h):  # noqa: ANN001, ANN201
         at, to = row * 2 * h, row * h
         for j in range(0, h, WIDTH):
             gate = load(x, at + j)
-            store(y, to + j, gate * _sigmoid(gate) * load(x, at + h + j))
+            store(y, to + j, gate * sigmoid(gate) * load(x, at + h + j))
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
@@ -37,6 +25,6 @@ def backward(g, x, dx, rows, h):  # noqa: ANN001, ANN201
         at, to = row * 2 * h, row * h
         for j in range(0, h, WIDTH):
             gate, up, gy = load(x, at + j), load(x, at + h + j), load(g, to + j)
-            s = _sigmoid(gate)
+            s = sigmoid(gate)
             store(dx, at + j, gy * up * s * (splat(one) + gate * (splat(one) - s)))
             store(dx, at + h + j, gy * gate * s)

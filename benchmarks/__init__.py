@@ -1,0 +1,1 @@
+"""Side-by-side speed tables: `python -m benchmarks`, or `make bench`."""

@@ -1,0 +1,46 @@
+"""`python -m benchmarks [--only NAME ...] [--device cuda] [--nanogpt DIR --text FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from benchmarks.decoding import against_generate
+from benchmarks.harness import Line, write
+from benchmarks.nanogpt import against_nanogpt
+from benchmarks.training_speed import against_attention, against_peers, share_of_peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = ("peers", "attention", "peak", "decode", "nanogpt")
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--text", type=Path, help="about 1 MB of English text")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in options.only:
+        lines: list[Line] = []
+        if name == "nanogpt":
+            if not (options.nanogpt and options.text):
+                print("nanogpt: left out; it needs --nanogpt DIR and --text FILE")
+                continue
+            lines = against_nanogpt(options.nanogpt, options.text, options.rounds)
+        else:
+            run = {"peers": against_peers, "attention": against_attention,
+                   "peak": share_of_peak, "decode": against_generate}[name]
+            try:
+                lines = run(options.device, options.rounds)
+            except ImportError as error:
+                print(f"{name}: left out, {error}; pip install -e '.[bench]' brings the peers")
+                continue
+        notes = [f"{line.what}: " + ", ".join(f"{op} by {path}" for op, path in line.paths.items())
+                 for line in lines if line.paths]
+        print(write(name, lines, options.device, notes))
+
+
+if __name__ == "__main__":
+    main()

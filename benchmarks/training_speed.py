@@ -1,0 +1,140 @@
+"""Training tokens per second: our mixers against peers, and against our own attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import manyform
+from benchmarks.harness import Line, ratio, turns
+from manyform.ops import trace
+from manyform.training import TrainConfig
+from manyform.training.machine import machine_facts
+from manyform.training.trainer import Trainer, autocast
+
+VOCAB, WIDTH, DEPTH = 1024, 256, 6
+AGAINST_ATTENTION = {  # name: (aim at T 1024 or None, aim at T 8192)
+    "linear_attention": (1.0, 3.0), "retnet": (1.0, 3.0), "gla": (1.0, 3.0), "mamba2": (1.0, 3.0),
+    "gated_delta_net": (0.7, 2.0), "rwkv7": (0.7, 2.0), "s4d": (None, 1.5), "hyena": (None, 1.5),
+    "mamba": (None, 1.0),
+}
+
+
+class RandomBatches:
+    """The same random tokens every step: speed does not depend on what they say."""
+
+    def __init__(self, batch: int, length: int, device: str) -> None:
+        self.tokens = torch.randint(0, VOCAB, (batch, length), device=device)
+        self.targets, self.reset = self.tokens, None
+
+    def batch(self, step: int) -> RandomBatches:
+        return self
+
+
+def ours(name: str, batch: int, length: int, device: str, **options: Any,
+         ) -> tuple[Callable[[], int], dict[str, str]]:
+    """One training step of a catalog entry as `manyform train` makes it, and the paths it takes."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": VOCAB, "d_model": WIDTH, "n_layers": DEPTH, **options}
+    model = manyform.create(name, **settings).to(device)
+    trainer = Trainer(model, RandomBatches(batch, length, device), TrainConfig(
+        steps=10**6, batch_size=batch, length=length, precision="auto", spike=0.0))
+    with trace() as seen:
+        trainer.step()
+    return lambda: trainer.step().tokens, {op: path for op, path in sorted(seen)}
+
+
+def theirs(model: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], batch: int,
+           length: int, device: str, precision: str) -> Callable[[], int]:
+    """One training step of a peer's model, with the same optimizer and precision."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(0, VOCAB, (batch, length), device=device)
+
+    def step() -> int:
+        with autocast(torch.device(device), precision):
+            value = loss(tokens)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return tokens.numel()
+    return step
+
+
+def against_peers(device: str, rounds: int) -> list[Line]:
+    """mamba and mamba2 against transformers and mambapy at T 512, batch 2."""
+    import transformers
+    from mambapy.lm import LM
+    from mambapy.mamba import MambaConfig
+    batch, length = 2, 512
+    hf: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+                          "use_cache": False}
+    mamba1 = transformers.MambaForCausalLM(transformers.MambaConfig(**hf))
+    mamba2 = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
+        **hf, head_dim=64, num_heads=8, n_groups=1, state_size=64, chunk_size=256))
+    mambapy = LM(MambaConfig(d_model=WIDTH, n_layers=DEPTH), VOCAB)
+
+    def hf_loss(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tokens: model(input_ids=tokens, labels=tokens).loss
+
+    def mambapy_loss(tokens: torch.Tensor) -> torch.Tensor:
+        logits = mambapy(tokens)
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+    lines = []
+    for name, aim, peer, make, turn, options in (
+            ("mamba", 200, "transformers Mamba", (mamba1, hf_loss(mamba1)), 1, {}),
+            ("mamba", 8, "mambapy Mamba", (mambapy, mambapy_loss), rounds, {}),
+            ("mamba2", 5, "transformers Mamba2", (mamba2, hf_loss(mamba2)), rounds,
+             {"d_state": 64})):
+        work, paths = ours(name, batch, length, device, **options)
+        best: tuple[float, Line] | None = None
+        for precision in ("bf16", "fp32") if turn > 1 else ("bf16",):
+            step = theirs(*make, batch, length, device, precision)
+            rates = turns({"ours": work, "theirs": step}, rounds=turn, device=device)
+            r = ratio(rates, "ours", "theirs")
+            line = Line(f"{name} training, T {length}, batch {batch}", "tok/s",
+                        max(rates["ours"]), max(rates["theirs"]), r, aim,
+                        f"{peer} ({precision})", paths=paths)
+            if best is None or r < best[0]:  # the peer at its better precision
+                best = (r, line)
+        assert best is not None
+        lines.append(best[1])
+    return lines
+
+
+def against_attention(device: str, rounds: int, names: list[str] | None = None) -> list[Line]:
+    """Every linear-time family against our own attention model, 8,192 tokens a batch."""
+    lines = []
+    for index, length in enumerate((1024, 8192)):
+        batch = 8192 // length
+        works, paths = {}, {}
+        for name in ["llama", *(names or AGAINST_ATTENTION)]:
+            if name == "llama" or AGAINST_ATTENTION[name][index] is not None:
+                works[name], paths[name] = ours(name, batch, length, device)
+        rates = turns(works, rounds=rounds, seconds=0.5, device=device)
+        for name in works:
+            if name != "llama":
+                aim = AGAINST_ATTENTION[name][index]
+                assert aim is not None
+                lines.append(Line(f"{name} training, T {length}", "tok/s", max(rates[name]),
+                                  max(rates["llama"]), ratio(rates, name, "llama"), aim,
+                                  "our attention (llama)", paths=paths[name]))
+    return lines
+
+
+def share_of_peak(device: str, rounds: int) -> list[Line]:
+    """llama d 512, 6 layers, T 1024: training operations against the measured matmul peak."""
+    batch, length = 8, 1024
+    work, paths = ours("llama", batch, length, device, d_model=512)
+    model = manyform.create("llama", vocab_size=VOCAB, d_model=512, n_layers=DEPTH)
+    flops = model.cost(length).training_flops_per_token
+    rate = max(turns({"ours": work}, rounds=rounds, device=device)["ours"])
+    facts = machine_facts(device)
+    peak = facts.bf16_gflops if facts.bf16_gains else facts.fp32_gflops
+    reached = rate * flops / 1e9
+    return [Line("llama d 512 training, T 1024: share of the matmul peak", "GFLOP/s", reached, peak,
+                 reached / peak, 0.4, "measured peak of one product",
+                 f"{rate:,.0f} tok/s", paths=paths)]

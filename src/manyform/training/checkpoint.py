@@ -4,7 +4,7 @@
       config.json, model.safetensors    the model: `manyform.load` reads this folder
       tensors.safetensors               optimizer, random generators, carried state
       values.json                       every number and the places of the tensors
-      manifest.json                     SHA-256 and size of each file above; written last
+      manifest.json                     SHA-256 and size of each file above, and its own SHA-256
 
 A folder under its final name is whole unless the disk damaged it, and then the checksums say so.
 """
@@ -51,6 +51,7 @@ def save(root: Path, step: int, model: Model, state: dict[str, Any], *, anchor: 
         files = sorted(p for p in folder.iterdir())
         manifest = {"format": 1, "step": step, "anchor": anchor, "files": {
             p.name: {"sha256": _checksum(p), "bytes": p.stat().st_size} for p in files}}
+        manifest["sha256"] = _own_checksum(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     write_folder(final, write)
     return final
@@ -110,9 +111,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; DamagedError if it cannot be read."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if not {"step", "anchor", "files"} <= set(manifest):
-            raise ValueError("keys are missing")
-    except (OSError, ValueError) as error:
+        if manifest.pop("sha256", None) != _own_checksum(manifest):
+            raise ValueError("its checksum differs")
+    except (OSError, ValueError, AttributeError) as error:
         raise DamagedError(f"the checkpoint {folder} is damaged: its manifest cannot be read "
                            f"({error})") from error
     return manifest
@@ -191,6 +192,10 @@ def _is_anchor(folder: Path) -> bool:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,15 @@ import torch
 from manyform.ops import attention as module
 from manyform.ops import count, use
 from manyform.ops.attention import attention, visible_pairs
+from manyform.ops.kernels import available
 from manyform.positions import alibi_slopes
+
+
+def tiled():
+    if not available():
+        return False
+    from manyform.ops.kernels.tiles import supported
+    return supported()
 
 
 def facts(batch, heads, groups, length, old, d, *, documents=False, window=None, sinks=0,
@@ -126,3 +134,58 @@ def test_visible_pairs(length):
         pairs = sum(min(i + 1, window or 99) + min(max(i + 1 - (window or 99), 0), sinks)
                     for i in range(length))
         assert visible_pairs(length, window, sinks) == pairs
+
+
+TILED = [dict(length=32), dict(length=33, groups=1), dict(length=300),
+         dict(length=290, groups=1, d=64),
+         dict(length=160, d=128, alibi=True), dict(length=200, window=1),
+         dict(length=300, window=70),
+         dict(length=200, documents=True), dict(length=200, documents=True, window=9, alibi=True),
+         dict(length=700, d=64, window=600, batch=1), dict(length=64, window=100, sinks=0)]
+
+
+@pytest.mark.skipif(not tiled(), reason="this processor has no matrix tiles")
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_tiles(case):
+    args, options = facts(**{"batch": 2, "heads": 2, "groups": 2, "old": 0, "d": 32,
+                             "dtype": torch.bfloat16, **case})
+    dy, results = torch.randn(args[0].shape), []
+    for path, dtype in (("reference", torch.float32), ("amx", torch.bfloat16)):
+        wide = [x.to(dtype) for x in args[:3]]
+        with use(attention=path):
+            y = attention(*wide, args[3], **options)
+        with torch.no_grad(), use(attention=path):
+            assert torch.equal(y, attention(*wide, args[3], **options))
+        results.append([y, *torch.autograd.grad(y, args[:3], dy.to(dtype))])
+    for expected, got in zip(*results, strict=True):
+        assert got.dtype == torch.bfloat16
+        error = (expected.float() - got.float()).norm()
+        assert error <= 0.006 * (expected.float().norm() + 1)
+
+
+@pytest.mark.skipif(not tiled(), reason="this processor has no matrix tiles")
+def test_tiles_are_causal_and_take_any_strides():
+    torch.manual_seed(0)
+    x = torch.randn(2, 100, 3, 4, 32).bfloat16().requires_grad_()
+    q, k, v = x.permute(2, 0, 3, 1, 4)
+    with use(attention="amx"):
+        y = attention(q, k, v)
+        close = attention(q.contiguous(), k.flip(-1).flip(-1), v.clone())
+    assert torch.equal(y, close)
+    for i in (0, 31, 40, 98):
+        (g,) = torch.autograd.grad(y[1, :, i].float().sum(), x, retain_graph=True)
+        assert g[1, i + 1:].eq(0).all()
+        assert g[0].eq(0).all()
+        assert g[1, :i + 1].ne(0).any()
+
+
+@pytest.mark.skipif(not tiled(), reason="this processor has no matrix tiles")
+def test_tiles_show_what_is_not_finite():
+    q, k, v = torch.randn(3, 1, 1, 64, 32).bfloat16()
+    v[0, 0, 40] = math.nan
+    with use(attention="amx"):
+        y = attention(q, k, v)
+        assert y[0, 0, :32].isfinite().all()
+        assert y[0, 0, 40:].isnan().all()
+        k[0, 0, 50] = math.nan
+        assert attention(q, k, torch.ones_like(v))[0, 0, 50:].isnan().all()

@@ -164,8 +164,8 @@ class Attention(SequenceMixer):
         def zeros(n: int) -> Tensor:
             return torch.zeros(batch_size, self.kv_heads, n, self.head_dim, device=device,
                                dtype=weight.dtype)
-        first = (zeros(self.sinks), zeros(self.sinks)) if self.sinks else (None, None)
-        return AttentionState(zeros(0), zeros(0), *first,
+        first, second = (zeros(self.sinks), zeros(self.sinks)) if self.sinks else (None, None)
+        return AttentionState(zeros(0), zeros(0), first, second,
                               torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def cost(self, length: int) -> Cost:

@@ -10,7 +10,7 @@ sees it change.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,18 +36,18 @@ def append(cache: Tensor, new: Tensor, dim: int) -> Tensor:
     if torch.is_grad_enabled() and (cache.requires_grad or new.requires_grad):
         return torch.cat([cache, new], dim)
     old, total = cache.shape[dim], cache.shape[dim] + new.shape[dim]
-    storage = cache.untyped_storage()
+    storage: Any = cache.untyped_storage()
     start = _claim(storage, cache, total, dim)
     if start is None:
-        shape = list(cache.shape)
+        shape: list[int] = list(cache.shape)
         shape[dim] = 2 * total + 16
         whole = cache.new_empty(shape)
         storage, start = whole.untyped_storage(), 0
         storage.growing = _Buffer(tuple(shape), dim, total)
         whole.narrow(dim, 0, old).copy_(cache)
-        stride, offset = whole.stride(), 0
+        stride, offset = _strides(tuple(shape)), 0
     else:
-        stride, offset = cache.stride(), cache.storage_offset()
+        stride, offset = cache.stride(), int(cache.storage_offset())
         # .data: its own version counter, so that a graph which saved an earlier view is not told
         # that this view changed. It did not.
         whole = cache.data
@@ -58,7 +58,7 @@ def append(cache: Tensor, new: Tensor, dim: int) -> Tensor:
     return grown
 
 
-def _claim(storage: torch.UntypedStorage, cache: Tensor, total: int, dim: int) -> int | None:
+def _claim(storage: Any, cache: Tensor, total: int, dim: int) -> int | None:
     """Reserve the room behind `cache` in its buffer; where the view begins, or None if taken."""
     buffer = getattr(storage, "growing", None)
     if buffer is None or buffer.dim != dim:
@@ -70,7 +70,7 @@ def _claim(storage: torch.UntypedStorage, cache: Tensor, total: int, dim: int) -
     stride = _strides(buffer.shape)
     if tuple(shape) != buffer.shape or cache.stride() != stride or stride[dim] == 0:
         return None
-    start, rest = divmod(cache.storage_offset(), stride[dim])
+    start, rest = divmod(int(cache.storage_offset()), stride[dim])
     end = start + cache.shape[dim]
     with _lock:
         buffer = storage.growing

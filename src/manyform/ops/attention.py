@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyform.ops.operation import operation
+from manyform.ops.tiled_attention import applies, tiled_attention
 
 BLOCK = 256
 """Queries a block in the blocked form."""
@@ -174,6 +175,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, *, prefix: i
                 begin = torch.full((1, 1), -low, device=q.device)
                 head = [torch.cat(p[:2 + sinks // BLOCK], 2)[:, :, :sinks] for p in pieces]
             else:
+                assert start is not None
                 head = _first_tokens(k, v, start[:, first], prefix, sinks)
             far = head[0].shape[2]
             shown = [[h, *s] for h, s in zip(head, shown, strict=True)]
@@ -192,3 +194,6 @@ def _first_tokens(k: Tensor, v: Tensor, start: Tensor, prefix: int, sinks: int,
     inside = torch.where((place < 0) & (prefix > 0), place - start[:, None], inside)
     index = inside[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
     return [x.gather(2, index) for x in (k, v)]
+
+
+attention.path("amx", when=applies)(tiled_attention)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from manyform.contract import Cost, Mixer, Place, SequenceMixer, build
-from manyform.norms import norm
 from manyform.state import State
 
 
@@ -22,21 +22,21 @@ class BlockState(NamedTuple):
 class Block(nn.Module):
     """h = x + mixer(norm(x)); y = h + channel(norm(h)) (pre-norm, Xiong 2020, figure 1b).
 
-    layer: a `LayerSpec`. residual=False drops the sums, for the stacked recurrent networks of
+    layer: a `LayerSpec`. make_norm: makes one of its norms. residual=False drops the sums, for the stacked recurrent networks of
     before 2016.
     """
 
-    def __init__(self, layer: Any, d_model: int, *, place: Place, norm_name: str,
+    def __init__(self, layer: Any, d_model: int, *, place: Place, make_norm: Callable[[], nn.Module],
                  residual: bool) -> None:
         super().__init__()
         self.residual = residual
-        self.mixer_norm = norm(norm_name, d_model)
+        self.mixer_norm = make_norm()
         mixer = build("mixer", layer.mixer, d_model, place, layer.mixer_options)
         assert isinstance(mixer, SequenceMixer)
         self.mixer = mixer
         self.channel: Mixer | None = None
         if layer.channel is not None:
-            self.channel_norm = norm(norm_name, d_model)
+            self.channel_norm = make_norm()
             self.channel = build("channel", layer.channel, d_model, place, layer.channel_options)
 
     def forward(self, x: Tensor, state: BlockState | None = None, *,

@@ -26,7 +26,8 @@ class LayerSpec:
 class ModelConfig:
     """Everything that `Model` needs; written as JSON beside the weights.
 
-    pattern: layers, repeated in a cycle to `n_layers`. norm: a name from `manyform.norms`.
+    pattern: layers, repeated in a cycle to `n_layers`. norm, norm_eps: a name from
+    `manyform.norms` and its epsilon (None: the norm's own).
     residual: False for plain stacks. tie: the head shares the embedding's weights. position:
     what is added to the embedding. max_length: rows of a learned position table.
     embedding_std: standard deviation of the embedding's initial weights.
@@ -38,6 +39,7 @@ class ModelConfig:
     pattern: tuple[LayerSpec, ...]
     name: str = ""
     norm: str = "rms"
+    norm_eps: float | None = None
     final_norm: bool = True
     residual: bool = True
     tie: bool = True

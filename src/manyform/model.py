@@ -63,9 +63,10 @@ class Model(nn.Module):
             self.positions = nn.Embedding(config.max_length, d)
             nn.init.normal_(self.positions.weight, std=0.02)
         self.blocks = nn.ModuleList(
-            Block(layer, d, place=Place(i, n), norm_name=config.norm, residual=config.residual)
+            Block(layer, d, place=Place(i, n), residual=config.residual,
+                  make_norm=lambda: norm(config.norm, d, config.norm_eps))
             for i, layer in enumerate(config.layers))
-        self.final_norm = norm(config.norm if config.final_norm else "none", d)
+        self.final_norm = norm(config.norm if config.final_norm else "none", d, config.norm_eps)
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
         if config.tie:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,12 +43,19 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm,
-         "layer_no_bias": lambda d: LayerNorm(d, bias=False), "none": lambda d: nn.Identity()}
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "rms": lambda d, eps: RMSNorm(d, eps=eps),
+    "layer": lambda d, eps: LayerNorm(d, eps=eps),
+    "layer_no_bias": lambda d, eps: LayerNorm(d, eps=eps, bias=False),
+    "none": lambda d, eps: nn.Identity(),
+}
 
 
-def norm(name: str, d: int) -> nn.Module:
-    """The normalisation layer called `name` over `d` features; ManyformError if unknown."""
+def norm(name: str, d: int, eps: float | None = None) -> nn.Module:
+    """The normalisation layer called `name` over `d` features; ManyformError if unknown.
+
+    eps: added to the mean square or the variance; by default 1e-6 and 1e-5.
+    """
     if name not in NORMS:
         raise unknown("norm", name, NORMS)
-    return NORMS[name](d)
+    return NORMS[name](d, eps if eps is not None else 1e-6 if name == "rms" else 1e-5)

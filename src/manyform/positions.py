@@ -85,7 +85,8 @@ class RotaryTable:
 
     def __init__(self, d: int, *, base: float = 10000.0,
                  scaling: Mapping[str, Any] | None = None) -> None:
-        self.frequencies, self.factor = rotary_frequencies(d, base, scaling)
+        with torch.device("cpu"):  # values, not parameters: wanted also on the meta device
+            self.frequencies, self.factor = rotary_frequencies(d, base, scaling)
         self._key = (tuple(self.frequencies.tolist()), self.factor)
 
     def rows(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ class Hyena(SequenceMixer):
         self.short_bias = nn.Parameter(torch.empty(3 * d_model).uniform_(-bound, bound))
         widths = [filter_features] + [filter_width] * filter_layers
         self.filter_weights = nn.ParameterList(
-            [torch.randn(b, a) * 0.02 for a, b in zip(widths, widths[1:], strict=False)]
+            [torch.randn(b, a) * 0.02 for a, b in pairwise(widths)]
             + [torch.randn(d_model, filter_width) * 0.02])
         self.filter_biases = nn.ParameterList([torch.zeros(b) for b in widths[1:]])
         self.filter_frequency = nn.Parameter(torch.full((filter_width,), float(frequency)))
@@ -92,23 +93,22 @@ class Hyena(SequenceMixer):
 
     def forward(self, x: Tensor, state: HyenaState | None = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, State]:
-        before = state or HyenaState(None, None)
-        u, short = short_conv(self.in_proj(x), self.short_weight, self.short_bias, before.short,
-                              reset)
+        short, long = (None, None) if state is None else state
+        u, short = short_conv(self.in_proj(x), self.short_weight, self.short_bias, short, reset)
         x0, x1, v = u.chunk(3, dim=-1)
-        seen = 0 if before.long is None else before.long.history.shape[1]
-        y, long = online_conv(x1 * v, self.kernel(seen + x.shape[1]), before.long, reset)
+        seen = 0 if long is None else long.history.shape[1]
+        y, long = online_conv(x1 * v, self.kernel(seen + x.shape[1]), long, reset)
         return self.out_proj(x0 * y), HyenaState(short, long)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
                       ) -> HyenaState:
         weight = self.short_weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        kind = {"dtype": dtype, "device": device or weight.device}
-        taps, d = weight.shape[1], self.d_model
-        start = torch.zeros(batch_size, dtype=torch.int64, device=kind["device"])
-        return HyenaState(torch.zeros(batch_size, taps - 1, 3 * d, **kind),
-                          ConvState(torch.zeros(batch_size, 0, d, **kind), start))
+        taps, d, device = weight.shape[1], self.d_model, device or weight.device
+        return HyenaState(
+            torch.zeros(batch_size, taps - 1, 3 * d, dtype=dtype, device=device),
+            ConvState(torch.zeros(batch_size, 0, d, dtype=dtype, device=device),
+                      torch.zeros(batch_size, dtype=torch.int64, device=device)))
 
     def cost(self, length: int) -> Cost:
         """Projections, short convolutions, the filter network and one `long_conv`."""

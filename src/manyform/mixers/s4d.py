@@ -55,17 +55,17 @@ class S4D(SequenceMixer):
         if not 0 < dt_min <= dt_max:
             raise ManyformError("dt_min and dt_max must satisfy 0 < dt_min <= dt_max, not "
                                 f"{dt_min} and {dt_max}")
-        self.half = d_state // 2
+        self.pairs = d_state // 2
         self.discretization = discretization
-        n = torch.arange(self.half, dtype=torch.float32)
+        n = torch.arange(self.pairs, dtype=torch.float32)
         frequency = (math.pi * n if init == "lin"
                      else d_state / math.pi * (d_state / (2 * n + 1) - 1))
         low, high = math.log(dt_min), math.log(dt_max)
         self.log_dt = nn.Parameter(low + (high - low) * torch.rand(d_model))
-        self.log_A_real = nn.Parameter(torch.full((d_model, self.half), math.log(0.5)))
+        self.log_A_real = nn.Parameter(torch.full((d_model, self.pairs), math.log(0.5)))
         self.A_imag = nn.Parameter(frequency.repeat(d_model, 1))
         self.C = nn.Parameter(torch.view_as_real(
-            torch.randn(d_model, self.half, dtype=torch.complex64)).clone())
+            torch.randn(d_model, self.pairs, dtype=torch.complex64)).clone())
         self.D = nn.Parameter(torch.randn(d_model))
         self.out_proj = nn.Linear(d_model, 2 * d_model)
 
@@ -94,12 +94,12 @@ class S4D(SequenceMixer):
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
                       ) -> S4DState:
         dtype = torch.float64 if self.D.dtype == torch.float64 else torch.float32
-        return S4DState(torch.zeros(batch_size, self.d_model, self.half, 2, dtype=dtype,
+        return S4DState(torch.zeros(batch_size, self.d_model, self.pairs, 2, dtype=dtype,
                                     device=device or self.D.device))
 
     def cost(self, length: int) -> Cost:
         d = self.d_model
-        return Cost(length * d * (16 * self.half + 2) + 4 * d * d * length, 4 * d * 2 * self.half)
+        return Cost(length * d * (16 * self.pairs + 2) + 4 * d * d * length, 4 * d * 2 * self.pairs)
 
     def hints(self) -> Mapping[str, Hint]:
         """A and dt: no decay, a quarter of the learning rate (Gu 2022, appendix: 0.001 for them

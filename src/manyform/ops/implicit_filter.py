@@ -1,7 +1,8 @@
-"""Filters that are functions of the position: a small network with sines, under a decaying window."""
+"""Filters that are functions of the position: a network of sines under a decaying window."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,19 +47,35 @@ def implicit_filter(length: int, weights: Sequence[Tensor], biases: Sequence[Ten
     frequency: (E,); decay, skip: (D,). Returns (D, length) in the dtype of the weights, computed
     outside autocast. memo: where the "kept" path remembers the filter between calls.
     """
-    kind = {"dtype": weights[0].dtype, "device": weights[0].device}
-    bands = (weights[0].shape[1] - 1) // 2
-    steps = torch.arange(length, **kind)
-    t = steps / max(1, reference_length - 1)
-    phase = (torch.linspace(1e-4, bands - 1, bands, **kind)[:, None]
-             * (2 * math.pi / reference_length) * steps)
-    h = torch.cat([t[None], phase.cos(), -phase.sin()])
+    t, h = _features(length, weights[0].shape[1], reference_length, weights[0].dtype,
+                     weights[0].device)
     with torch.autocast(h.device.type, enabled=False):
         for w, b in zip(weights[:-1], biases, strict=True):
             h = torch.sin(frequency[:, None] * torch.addmm(b[:, None], w, h))
         k = torch.mm(weights[-1], h)
-    k = k * (torch.exp(-t * decay[:, None]) + shift)
+    k = k * (_window(t, decay) + shift)
     return torch.cat([k[:, :1] + skip[:, None], k[:, 1:]], dim=1)
+
+
+@functools.lru_cache(maxsize=4)
+def _features(length: int, count: int, reference_length: int, dtype: torch.dtype,
+              device: torch.device) -> tuple[Tensor, Tensor]:
+    """Times t_l (length,) and position features z_l (count, length), the same for every layer."""
+    bands = (count - 1) // 2
+    with torch.inference_mode(False), torch.no_grad():
+        steps = torch.arange(length, dtype=dtype, device=device)
+        t = steps / max(1, reference_length - 1)
+        waves = torch.linspace(1e-4, bands - 1, bands, dtype=dtype, device=device)
+        phase = waves[:, None] * (2 * math.pi / reference_length) * steps
+        return t, torch.cat([t[None], phase.cos(), -phase.sin()])
+
+
+def _window(t: Tensor, decay: Tensor) -> Tensor:
+    """exp(-decay t): (D, length), as products of exp(-decay (t_i + t_j)) of two short tables."""
+    length = t.shape[0]
+    size = math.isqrt(length - 1) + 1
+    coarse, fine = (torch.exp(-decay[:, None] * part) for part in (t[::size], t[:size]))
+    return (coarse[:, :, None] * fine[:, None]).flatten(1)[:, :length]
 
 
 def _remembers(*args: object, memo: FilterMemo | None = None) -> bool:

@@ -13,6 +13,8 @@ from manyform.ops.operation import operation
 
 SHORT = 64
 """Up to this length a Toeplitz matrix a channel is faster than Fourier transforms."""
+CACHED = 1 << 19
+"""Numbers in flight at once between the transforms of a CPU."""
 
 
 def fast_size(n: int) -> int:
@@ -105,32 +107,47 @@ def _by_document(x: Tensor, k: Tensor, reset: Tensor) -> Tensor:
 
 
 class _FourierConv(torch.autograd.Function):
-    """y = F^-1(F(x) F(k)) with zeros behind both; the gradients are the two correlations."""
+    """y = F^-1(F(x) F(k)) with zeros behind both; the gradients are the two correlations.
+
+    A few channels at a time, so that what passes between the transforms stays in the cache; on
+    the way back the transforms of x and k are worked out again, which is cheaper than to keep them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: Tensor) -> Tensor:
-        length = x.shape[1]
-        ctx.n = fast_size(length + k.shape[1] - 1)
-        ctx.width, ctx.dtype = k.shape[1], k.dtype
-        kf = torch.fft.rfft(k.to(_wide(x)), n=ctx.n)
-        xf = _spectrum(x, ctx.n)
-        ctx.save_for_backward(xf, kf)
-        y = torch.fft.irfft(xf * kf, n=ctx.n)[..., :length]
-        return y.transpose(1, 2).contiguous().to(x.dtype)
+        ctx.save_for_backward(x, k)
+        length, y = x.shape[1], torch.empty_like(x, memory_format=torch.contiguous_format)
+        n = fast_size(length + k.shape[1] - 1)
+        for part in _slices(x, n):
+            product = _spectrum(x[..., part], n) * torch.fft.rfft(k[part].to(_wide(x)), n=n)
+            y[..., part] = torch.fft.irfft(product, n=n)[..., :length].transpose(1, 2)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        xf, kf = ctx.saved_tensors
+        x, k = ctx.saved_tensors
         (g,) = grads
-        length = g.shape[1]
-        gf = _spectrum(g, ctx.n)
-        dx = dk = None
-        if ctx.needs_input_grad[1]:
-            dk = torch.fft.irfft((gf * xf.conj()).sum(0), n=ctx.n)[..., :ctx.width].to(ctx.dtype)
-        if ctx.needs_input_grad[0]:
-            dx = torch.fft.irfft(gf * kf.conj(), n=ctx.n)[..., :length]
-            dx = dx.transpose(1, 2).contiguous().to(g.dtype)
-        return dx, dk
+        length, width = x.shape[1], k.shape[1]
+        n = fast_size(length + width - 1)
+        dx = torch.empty_like(g, memory_format=torch.contiguous_format)
+        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+        for part in _slices(x, n):
+            gf = _spectrum(g[..., part], n)
+            if ctx.needs_input_grad[0]:
+                product = gf * torch.fft.rfft(k[part].to(_wide(x)), n=n).conj()
+                dx[..., part] = torch.fft.irfft(product, n=n)[..., :length].transpose(1, 2)
+            if ctx.needs_input_grad[1]:
+                product = (gf * _spectrum(x[..., part], n).conj()).sum(0)
+                dk[part] = torch.fft.irfft(product, n=n)[..., :width]
+        return (dx if ctx.needs_input_grad[0] else None,
+                dk if ctx.needs_input_grad[1] else None)
+
+
+def _slices(x: Tensor, n: int) -> list[slice]:
+    """Groups of channels: on a CPU of about two megabytes each, elsewhere all of them."""
+    channels = x.shape[2]
+    step = max(1, CACHED // (x.shape[0] * n)) if x.device.type == "cpu" else channels
+    return [slice(c, c + step) for c in range(0, channels, step)]
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -140,4 +157,5 @@ def _wide(x: Tensor) -> torch.dtype:
 def _spectrum(x: Tensor, n: int) -> Tensor:
     """(B, T, D) -> the transform along T, zeros behind, (B, D, n / 2 + 1) complex."""
     # Widen first: transposed copies of bfloat16 are several times slower than of float32.
-    return torch.fft.rfft(x.to(_wide(x)).transpose(1, 2).contiguous(), n=n)
+    wide = x.to(_wide(x), memory_format=torch.contiguous_format)
+    return torch.fft.rfft(wide.transpose(1, 2).contiguous(), n=n)

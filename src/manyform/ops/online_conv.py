@@ -97,8 +97,8 @@ def _relaxed(x: Tensor, k: Tensor, state: ConvState, reset: Tensor | None = None
     start, tiles, ys = state.start, dict(state.tiles), []
     marks = {} if reset is None else {
         t: reset[:, t] for t in reset.any(0).nonzero().flatten().tolist()}
-    edges = {old + t for t in marks} | set(range((old // SHORT + 1) * SHORT, old + length, SHORT))
-    edges = sorted({old, *edges})
+    blocks = range((old // SHORT + 1) * SHORT, old + length, SHORT)
+    edges = sorted({old, *blocks, *(old + t for t in marks)})
     for i, end in zip(edges, [*edges[1:], old + length], strict=True):
         if i - old in marks:
             start = torch.where(marks[i - old], i, start)

@@ -95,7 +95,8 @@ class RotaryTable:
         found = self._tables.get(key)
         if found is None or found[0].shape[0] < n:
             size = max(256, 1 << max(n - 1, 1).bit_length())
-            found = self._compute(torch.arange(size, device=device))
+            with torch.inference_mode(False):  # a table made while sampling also serves training
+                found = self._compute(torch.arange(size, device=device))
             self._tables[key] = found
         return found
 

@@ -44,8 +44,8 @@ def calibrate(size: Size, data: Any, shape: Shape, device: torch.device, precisi
     evaluation = _timed(lambda: validate(model, validation, precision))
     probe_step, probe_fixed = 0.0, 0.0
     for probe in PROBES.values():
-        small = probe_trainer(probe_model(size.arch, probe, probe_options or {}, device), probe, 100)
-        seconds = step_seconds(small, most=0.2)
+        small = probe_model(size.arch, probe, probe_options or {}, device)
+        seconds = step_seconds(probe_trainer(small, probe, 100), most=0.2)
         probe_step += seconds
         # Scoring is forward only (a third of a step), at longer sequences.
         batches_scored = TESTED / BATCH
@@ -61,7 +61,7 @@ def step_seconds(trainer: Trainer, *, most: float = SECONDS) -> float:
     """Median seconds of a training step, after two that warm up."""
     for _ in range(2):
         first = trainer.step().seconds
-    times = []
+    times: list[float] = []
     while len(times) < 3 or (sum(times) < most and len(times) < 20):
         times.append(trainer.step().seconds)
         if first > most and len(times) >= 1:

@@ -41,8 +41,11 @@ LADDER = ((64, 2), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8), (7
 """Widths and depths that the plan chooses from where none is given."""
 TOKENS_PER_PARAM = 5
 REPORT_EVERY = 20.0
-_FIXED = ("data", "budget", "match", "tokenizer", "column", "d_model", "n_layers", "length",
-          "batch_size", "device", "contexts", "probe_steps")
+_DEFAULTS: dict[str, Any] = {
+    "data": None, "budget": "5m", "match": "params", "tokenizer": "bytes", "column": None,
+    "d_model": None, "n_layers": None, "length": None, "batch_size": None, "device": "auto",
+    "contexts": list(CONTEXTS), "probe_steps": None}
+"""The settings of a comparison that stay as they were when its folder was begun."""
 
 
 class Results(dict):
@@ -109,10 +112,17 @@ def compare(data: str | Path | None = None, *, archs: Sequence[str] | str | None
     comparison = _Comparison(folder, screen, checkpoint_seconds)
     try:
         if resume is not None or folder.exists:
-            comparison.reopen(settings if resume is None else None, archs, seeds)
+            if resume is not None:  # what was not given is the folder's
+                settings = {k: v for k, v in settings.items() if v != _DEFAULTS[k]}
+            comparison.reopen(settings, archs, seeds)
         else:
             comparison.open(settings, list(archs or DEFAULT_ARCHS), seeds)
         return comparison.run()
+    except KeyboardInterrupt:
+        screen.close()
+        screen.say(f"\nStopped. Go on with: manyform compare --resume {folder.path}"
+                   if folder.exists else "\nStopped before there was a plan; nothing is kept.")
+        raise
     finally:
         screen.close()
 
@@ -158,13 +168,13 @@ class _Comparison:
                          probe_steps=settings["probe_steps"])
         self._commit(plan)
 
-    def reopen(self, settings: dict[str, Any] | None, archs: Sequence[str] | None,
+    def reopen(self, settings: dict[str, Any], archs: Sequence[str] | None,
                seeds: int | None) -> None:
-        """Take a comparison up again, with the architectures and seeds that are new."""
+        """Take a comparison up again, with the architectures and seeds that are new. `settings`
+        are those that must be the folder's."""
         from manyform.training.machine import find_device
         self.facts = self.folder.read()
-        if settings is not None:
-            _same(self.facts["settings"], settings, self.folder.path)
+        _same(self.facts["settings"], settings, self.folder.path)
         self.device = find_device(self.facts["settings"]["device"])
         if str(self.device) != self.facts["device"]:
             raise ManyformError(f"{self.folder.path} was begun on {self.facts['device']}, and this "
@@ -217,34 +227,34 @@ class _Comparison:
         ladder = [(d, n) for d, n in LADDER if given["d_model"] in (None, d)] or \
             [(given["d_model"], 4)]
         ladder = [(d, given["n_layers"] or n) for d, n in ladder]
-        tokens = 0.0
-        if len(ladder) > 1 or given["batch_size"] is None:
-            sizes = [reference_size(first, vocab_size=self.data.vocab_size, d_model=d, n_layers=n)
-                     for d, n in ladder]
-            choice, tokens = 0, self._tokens(budget, sizes[0], length)
-            for i, size in enumerate(sizes):
-                expected = tokens
-                if budget.kind != "tokens":  # slower in proportion to the size
-                    expected = tokens * sizes[0].params / size.params
-                if expected >= TOKENS_PER_PARAM * size.params:
-                    choice = i
-            tokens *= 1 if budget.kind == "tokens" else sizes[0].params / sizes[choice].params
-            ladder = [ladder[choice]]
-        self.facts["d_model"], self.facts["n_layers"] = ladder[0]
+        sizes = [reference_size(first, vocab_size=self.data.vocab_size, d_model=d, n_layers=n)
+                 for d, n in ladder]
+        choice, tokens = 0, self._tokens(budget, sizes[0], length)
+        for i, size in enumerate(sizes):
+            expected = tokens
+            if budget.kind != "tokens":  # slower in proportion to the size
+                expected = tokens * sizes[0].params / size.params
+            if expected >= TOKENS_PER_PARAM * size.params:
+                choice = i
+        tokens *= 1 if budget.kind == "tokens" else sizes[0].params / sizes[choice].params
+        self.facts["d_model"], self.facts["n_layers"] = ladder[choice]
         batch = given["batch_size"]
         if batch is None:
             batch = max(2, next((b for limit, b in ((4e6, 2048), (16e6, 4096), (64e6, 8192))
                                  if tokens < limit), 16384) // length)
         per_step = batch * length
-        val = len(self.data.tokens("val"))
-        curve = max(1, min(val, 16384) // per_step)
-        return Shape(length, batch, curve, max(1, min(val, 65536) // per_step))
+        # Evaluation is cheap beside training: a tenth of its tokens at the end, a fortieth on
+        # the way, and no more than tell architectures apart.
+        final = min(len(self.data.tokens("val")), 131072, max(8192, tokens / 10))
+        batches = max(1, int(final / per_step))
+        return Shape(length, batch, max(1, batches // 4), batches)
 
     def _tokens(self, budget: Budget, size: Size, length: int) -> float:
         """Tokens of one run that the budget affords at this size, roughly."""
         if budget.kind == "tokens":
             return budget.amount
         model = measure.seeded(size, self.data.vocab_size, 0, self.device)
+        # FLOPs of one run, or half of the time: two seeds and a search of 0.4 runs share it.
         if budget.kind == "flops":
             return budget.amount / model.cost(length).training_flops_per_token
         from manyform.training import Trainer
@@ -252,7 +262,6 @@ class _Comparison:
                                       precision=self.facts["precision"])
         batches = self.data.batches(batch_size=config.batch_size, length=length, seed=0)
         rate = config.tokens_per_step / step_seconds(Trainer(model, batches, config), most=0.5)
-        # Half the time goes to training; two seeds and a search of 0.4 runs share it.
         archs = len(self.facts["settings"]["archs"])
         return 0.5 * budget.amount * rate / (2.4 * archs)
 
@@ -389,7 +398,7 @@ class _Comparison:
                 model, self._batches(seed), measure.Checks(checks, curve, final),
                 self._config(steps, rate, seed), folder=self.folder.checkpoints(task),
                 checkpoint_seconds=self.checkpoint_seconds, report=self._reporter(task))
-        except measure.Diverged as error:
+        except measure.DivergedError as error:
             if task.kind == "train":
                 raise
             return {"lr": rate, "bpb": None, "tokens": steps * per_step, "flops": None,
@@ -472,11 +481,11 @@ def _describe(data: Any) -> dict[str, Any]:
 
 def _same(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
     """Raises ManyformError naming the first setting that differs from the folder's."""
-    for key in _FIXED:
-        if stored[key] != given[key]:
+    for key, value in given.items():
+        if stored[key] != value:
             raise ManyformError(
                 f"{path} holds a comparison with {key}={stored[key]!r}, and this asks for "
-                f"{given[key]!r}; use `manyform compare --resume {path}` to go on with it, or "
+                f"{value!r}; use `manyform compare --resume {path}` to go on with it, or "
                 "another --out")
 
 
@@ -501,15 +510,12 @@ def _command(settings: dict[str, Any], archs: list[str], seeds: int | None, out:
     if settings["data"] is not None:
         words.append(settings["data"])
     words += ["--archs", ",".join(archs), "--budget", settings["budget"]]
-    names = {"match": "params", "tokenizer": "bytes", "column": None, "d_model": None,
-             "n_layers": None, "length": None, "batch_size": None, "device": "auto",
-             "probe_steps": None}
     flags = {"n_layers": "layers"}
-    for key, default in names.items():
-        if settings[key] != default:
-            words += [f"--{flags.get(key, key).replace('_', '-')}", str(settings[key])]
-    if settings["contexts"] != list(CONTEXTS):
-        words += ["--contexts", ",".join(map(str, settings["contexts"]))]
+    for key, default in _DEFAULTS.items():
+        if settings[key] != default and key not in ("data", "budget"):
+            value = settings[key]
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [f"--{flags.get(key, key).replace('_', '-')}", text]
     if seeds is not None:
         words += ["--seeds", str(seeds)]
     return shlex.join([*words, "--out", str(out)])

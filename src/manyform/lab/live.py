@@ -3,6 +3,7 @@ is not a terminal."""
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from contextlib import suppress
@@ -162,8 +163,8 @@ def describe(plan: Plan, archs: dict[str, Any]) -> list[str]:
             "flops": f"each architecture spends the same {plan.quantum:.3g} training FLOPs",
             "time": f"each architecture trains for the same {plan.quantum:.0f} s"}[plan.match]
     lines = [f"Plan for a budget of {plan.budget}: {each} in each of {plan.seeds} "
-             f"seed{'s' if plan.seeds > 1 else ''}, in batches of {plan.batch_size} x {plan.length}; "
-             f"about {_clock(plan.estimated_seconds['total'])} in all.",
+             f"seed{'s' if plan.seeds > 1 else ''}, in batches of {plan.batch_size} x "
+             f"{plan.length}; about {_clock(plan.estimated_seconds['total'])} in all.",
              "Learning rate: trials at " + ", ".join(f"{r:g}" for r in plan.lr_candidates)
              + " and one more where the best of them points, on a tenth of the tokens; charged."]
     if plan.tokens and archs:
@@ -179,6 +180,32 @@ def describe(plan: Plan, archs: dict[str, Any]) -> list[str]:
                      f"{a['d_model']}, {a['n_layers']} layers, {p.steps:,} steps, "
                      f"{p.tokens / max(1e-9, p.steps * a['timing']['step']):,.0f} tokens/s, "
                      f"{_clock(p.estimated_seconds)}")
+    return lines
+
+
+def summary(results: Any) -> list[str]:
+    """What was found, best first, in lines of plain text, and where the rest stands."""
+    def mean(name: str) -> float:
+        return statistics.fmean(r["final_bpb"] for r in results["archs"][name]["runs"])
+    done = sorted((n for n, a in results["archs"].items() if a["runs"]), key=mean)
+    lines = [f"{'':<18} {'bits/byte':>16} {'tokens/s':>10} {'memory':>9}  decoding at "
+             f"{_count(max(results['plan']['contexts']))}"]
+    for name in done:
+        a = results["archs"][name]
+        values = [r["final_bpb"] for r in a["runs"]]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        last = a["decode"][-1] if a["decode"] else None
+        serving = f"{last['ms_per_token']:.2f} ms, {_bytes(last['state_bytes'])}" \
+            if last and last["ms_per_token"] is not None else "does not reach it" if last else ""
+        peak = a["peak_memory_bytes"]
+        lines.append(f"{name:<18} {f'{mean(name):.4f}{spread}':>16} "
+                     f"{a['tokens_per_second']:>10,.0f} {_bytes(peak) if peak else '':>9}  "
+                     f"{serving}")
+    lines += [f"{name:<18} failed: {a['error']}" for name, a in results["archs"].items()
+              if a["error"]]
+    lines.append(f"Results: {results.path / 'results.json'}")
+    if results.report:
+        lines.append(f"Report:  {results.report}")
     return lines
 
 
@@ -199,8 +226,8 @@ def _summary(task: Task, result: dict[str, Any]) -> str:
         return f"lr {result['lr']:g}: " + ("diverged" if value is None else
                                            f"{value:.3f} bits/byte")
     if task.kind == "train":
-        return (f"{result['final_bpb']:.4f} bits/byte, {result['tokens_per_second']:,.0f} tokens/s, "
-                f"{result['seconds']:.1f} s")
+        return (f"{result['final_bpb']:.4f} bits/byte, "
+                f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.1f} s")
     if task.kind == "memory":
         peak = result["peak_memory_bytes"]
         return "not measured" if peak is None else f"peak {_bytes(peak)}"

@@ -3,8 +3,8 @@
 Width is the dial, in steps that keep head sizes whole. Depth stays that of the reference unless
 the width would have to leave a band around the reference's: a stack of bare mixers (Mamba) gets
 more layers, as in its paper, rather than a much wider stream. An entry that declares its depth
-(the stacked recurrent cells, which have no residual stream to make more layers trainable) keeps it. Where steps of width are too coarse
-the width of the channel mixer does the rest.
+(the stacked recurrent cells, which have no residual stream to make more layers trainable) keeps
+it. Where steps of width are too coarse the width of the channel mixer does the rest.
 """
 
 from __future__ import annotations
@@ -184,10 +184,12 @@ def _candidates(arch: str, count: Count, target: int, depth: int, fixed: Mapping
                 if extra and (found := size(d, depth, **extra)):
                     yield found
     yield from widths(depth, *STEPS[2:])
-    if "n_layers" not in entry(arch).defaults:
-        for n in (depth + 1, depth - 1, depth + 2, depth - 2):
-            if n >= 1:
-                yield from widths(n, *STEPS)
+    if "n_layers" in entry(arch).defaults:
+        yield from widths(depth, 2, 1)  # stacked cells have no heads to keep whole
+        return
+    for n in (depth + 1, depth - 1, depth + 2, depth - 2):
+        if n >= 1:
+            yield from widths(n, *STEPS)
 
 
 def _expansion(arch: str, fixed: Mapping[str, Any]) -> float | None:

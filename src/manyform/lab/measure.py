@@ -38,7 +38,7 @@ Report = Callable[..., None]
 """report(share, loss=, bpb=, rate=): how far a task is."""
 
 
-class Diverged(ManyformError):
+class DivergedError(ManyformError):
     """The loss of a run stopped being finite, or kept jumping."""
 
 
@@ -72,7 +72,7 @@ def train_run(model: Any, batches: Any, checks: Checks, config: TrainConfig, *,
 
     -> {"curve", "final_bpb", "seconds" (of the training steps alone), "tokens", "flops",
     "tokens_per_second", "events"}. Everything but the timings is the same however often the run
-    was interrupted. Raises Diverged.
+    was interrupted. Raises DivergedError.
     """
     trainer = Trainer(model, batches, config)
     log: dict[str, Any] = {"curve": [], "seconds": 0.0, "losses": [], "events": []}
@@ -90,7 +90,7 @@ def train_run(model: Any, batches: Any, checks: Checks, config: TrainConfig, *,
         if done.event:
             log["events"].append({"step": done.step, "event": done.event})
         if trainer.guard.diverged:
-            raise Diverged(f"training diverged at step {done.step} of {total} (learning rate "
+            raise DivergedError(f"training diverged at step {done.step} of {total} (learning rate "
                            f"{config.lr:g}, seed {config.seed}): {done.event} in "
                            f"{trainer.guard.streak} steps in a row")
         if not done.event:
@@ -114,7 +114,7 @@ def train_run(model: Any, batches: Any, checks: Checks, config: TrainConfig, *,
             saved = time.perf_counter()
     final = validate(model, checks.final, trainer.precision)
     if not math.isfinite(final):
-        raise Diverged(f"the validation loss after training is not finite (learning rate "
+        raise DivergedError(f"the validation loss after training is not finite (learning rate "
                        f"{config.lr:g}, seed {config.seed})")
     return {"curve": log["curve"], "final_bpb": final, "seconds": log["seconds"],
             "steps": total, "tokens": trainer.tokens,
@@ -181,7 +181,7 @@ def run_probe(arch: str, probe: Probe, steps: int, device: torch.device, *,
         done = trainer.step()
         report(trainer.step_count / steps, loss=done.loss)
         if trainer.guard.diverged:
-            raise Diverged(f"training on the probe diverged at step {done.step}")
+            raise DivergedError(f"training on the probe diverged at step {done.step}")
     hits, n = score(model, probe, probe.test_length)
     near = hits, n
     if probe.test_length != probe.train_length:

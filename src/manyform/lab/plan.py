@@ -56,7 +56,8 @@ def parse_budget(text: str) -> Budget:
                                 f"{text}Mtok for tokens, or FLOPs as in 1e15")
         budget = Budget("flops", float(match[1]), str(text))
     if budget is None:
-        raise ManyformError(f"a budget reads like 90s, 5m, 2h, 20Mtok or 1e15 (FLOPs), not {text!r}")
+        raise ManyformError("a budget reads like 90s, 5m, 2h, 20Mtok or 1e15 (FLOPs), not "
+                            f"{text!r}")
     if not (0 < budget.amount < math.inf):
         raise ManyformError(f"a budget must be positive, not {text!r}")
     return budget

@@ -77,8 +77,8 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def examples(probe: Probe, stream: int, index: int, count: int, length: int,
              ) -> tuple[Tensor, Tensor]:
-    """Batch `index` of a stream of examples: a pure function of its arguments."""
-    generator = torch.Generator().manual_seed((stream << 40) + index)
+    """Batch `index` of stream 0 (training) or 1 (test): a pure function of its arguments."""
+    generator = torch.Generator().manual_seed((stream << 31) + index)  # it keeps 32 bits
     return probe.sample(count, length, generator)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import statistics
 from datetime import UTC, datetime
 from typing import Any
@@ -20,24 +19,14 @@ def gather(folder: RunFolder) -> dict[str, Any]:
     plan = comparison["plan"]
     archs = comparison["archs"]
     seeds = plan["seeds"]
-    alive = [a for a in archs if not archs[a].get("error")]
-    complete = all((folder.result(t) or {"error": "x"}).get("error") is None
-                   or _failed(folder, t.arch) or not t.essential
-                   for t in task_list(alive, seeds) if not _optional_done(folder, t))
+    complete = all(folder.result(task) is not None or _error(folder, task.arch, archs[task.arch])
+                   for task in task_list(list(archs), seeds))
     return {"manyform": comparison["manyform"], "command": comparison["command"],
-            "created": comparison["created"], "updated": datetime.now(UTC).isoformat("T", "seconds"),
-            "complete": complete, "machine": comparison["machine"], "data": comparison["data"],
+            "created": comparison["created"],
+            "updated": datetime.now(UTC).isoformat("T", "seconds"), "complete": complete,
+            "machine": comparison["machine"], "data": comparison["data"],
             "settings": comparison["settings"], "plan": plan,
             "archs": {name: _arch(folder, name, archs[name], plan) for name in archs}}
-
-
-def _optional_done(folder: RunFolder, task: Task) -> bool:
-    """True for a measurement that has run, with or without success."""
-    return not task.essential and folder.result(task) is not None
-
-
-def _failed(folder: RunFolder, arch: str) -> bool:
-    return bool(_error(folder, arch, {}))
 
 
 def _error(folder: RunFolder, arch: str, facts: dict[str, Any]) -> str | None:
@@ -168,6 +157,5 @@ def _csv(header: list[str], lines: list[list[Any]]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
     for line in lines:
-        writer.writerow(["" if v is None or isinstance(v, float) and not math.isfinite(v) else v
-                         for v in line])
+        writer.writerow(["" if v is None else v for v in line])
     return out.getvalue()

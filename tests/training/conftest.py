@@ -7,7 +7,7 @@ import torch
 
 from manyform.data import load
 
-WORDS = "the a state is value of tensors and model learns to read every word in order".split()
+WORDS = ["the", "state", "is", "a", "value", "model", "learns", "to", "read", "every", "word"]
 
 
 @pytest.fixture(autouse=True)

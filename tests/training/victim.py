@@ -1,11 +1,9 @@
-"""A training run to be killed: python victim.py DATASET FOLDER.
+"""A training run to be killed.
 
 It has everything that a resumed run could forget: noise from torch's generator in the forward
 pass, two optimizers, a carried state for each of two parts of a batch, evaluations, and a
 checkpoint after nearly every step, so that many kills strike in the middle of a save.
 """
-
-import sys
 
 import torch
 
@@ -24,12 +22,13 @@ class NoisyGRU(GRU):
                                reset=reset)
 
 
-CONFIG = TrainConfig(steps=300, batch_size=4, length=16, lr=5e-3, optimizer="muon", tbptt=True,
-                     accumulation=2, precision="fp32", eval_every=40, eval_tokens=64,
-                     checkpoint_every=7, checkpoint_seconds=0.01, keep=3)
+SETTINGS = dict(batch_size=4, length=16, lr=5e-3, optimizer="muon", tbptt=True, accumulation=2,
+                precision="fp32", eval_every=20, eval_tokens=64, checkpoint_every=7,
+                checkpoint_seconds=0.03, keep=3)
 
-if __name__ == "__main__":
+
+def run(dataset, folder, steps):
+    """Train `steps` steps in `folder` on the stored tokens in `dataset`, or go on with it."""
     torch.set_num_threads(1)
-    print("ready", flush=True)
-    train("noisy_gru", open_dataset(sys.argv[1]), CONFIG, sys.argv[2], device="cpu", quiet=True,
-          model_options={"d_model": 16, "n_layers": 2, "channel": None})
+    train("noisy_gru", open_dataset(dataset), TrainConfig(steps=steps, **SETTINGS), folder,
+          device="cpu", quiet=True, model_options={"d_model": 16, "n_layers": 2, "channel": None})

@@ -117,7 +117,8 @@ def _peak_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _matmul_rate(device: torch.device, dtype: torch.dtype, n: int,
                  seconds: float = _SECONDS) -> float:
     """The best rate of an n by n matrix product within `seconds`, in operations a second."""
-    a = torch.randn(n, n, device=device).to(dtype)
+    # A generator of its own: a measurement must not move the one that training draws from.
+    a = torch.rand(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     best, deadline = float("inf"), None
     while deadline is None or time.perf_counter() < deadline:
         _wait(device)

@@ -19,13 +19,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import manyform
+from manyform.config import ModelConfig
 from manyform.errors import ManyformError
 from manyform.model import Model
 from manyform.training import checkpoint
@@ -35,7 +34,7 @@ from manyform.training.machine import find_device, machine_facts
 from manyform.training.record import Metrics
 from manyform.training.screen import Screen, duration, loss_text
 from manyform.training.tracking import Tracker
-from manyform.training.trainer import StepResult, Trainer
+from manyform.training.trainer import StepResult, Trainer, seed_all
 
 _RETURNS = 2
 """How often a diverged run goes back before it stops."""
@@ -79,7 +78,7 @@ def train(model: Model | str, data: Any, config: TrainConfig, folder: str | Path
         data = load(data)
     where = find_device(device)
     if isinstance(model, str):
-        torch.manual_seed(config.seed)
+        seed_all(config.seed)
         model = manyform.create(model, vocab_size=data.vocab_size, **dict(model_options or {}))
     elif model_options:
         raise ManyformError("model_options go with an architecture's name; this model is built")
@@ -183,6 +182,8 @@ class _Run:
         """Continue from the newest whole checkpoint, or make the first one."""
         state = checkpoint.load_newest(self.root, self.model, self.screen.say)
         if state is None:
+            # From here on nothing that came before, such as measuring the machine, has a say.
+            seed_all(self.config.seed)
             self.metrics.cut(0)
             self.screen.say(
                 f"training {self.model.config.name or 'a model'} of {self.model.num_params():,} "
@@ -301,8 +302,10 @@ def _same_run(earlier: dict[str, Any], asked: dict[str, Any], folder: Path) -> N
     before = TrainConfig.from_dict(earlier["config"]).to_dict()
     differ = [f"{k}={before[k]!r} there and {v!r} now" for k, v in asked["config"].items()
               if k not in FREE_ON_RESUME and before[k] != v]
-    if earlier["model"] != asked["model"]:
-        keys = [k for k, v in asked["model"].items() if earlier["model"].get(k) != v]
+    models = [ModelConfig.from_dict(about["model"]) for about in (earlier, asked)]
+    if models[0] != models[1]:
+        keys = [f.name for f in fields(ModelConfig)
+                if getattr(models[0], f.name) != getattr(models[1], f.name)]
         differ.append(f"another model ({', '.join(keys)})")
     for key in ("content_hash", "tokenizer_hash"):
         if earlier["data"].get(key) != asked["data"].get(key):

@@ -220,6 +220,13 @@ def _refuse_tbptt(model: Model) -> None:
                             "position, or train without tbptt")
 
 
+def seed_all(seed: int) -> None:
+    """Start every generator that a layer may draw from at `seed`."""
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def _random_state() -> dict[str, Any]:
     """The generators that a layer may draw from: torch (CPU and CUDA), numpy, random."""
     name, keys, *rest = numpy.random.get_state()

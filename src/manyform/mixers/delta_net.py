@@ -32,8 +32,9 @@ class _DeltaRule(SequenceMixer):
     a share 1 - alpha of all. Queries and keys have unit length.
     """
 
-    def __init__(self, d_model: int, *, place: Place, n_heads: int, head_dim: int, expand_v: float,
-                 conv_size: int, negative_eigenvalues: bool, decay: bool, output_gate: bool) -> None:
+    def __init__(self, d_model: int, *, place: Place, n_heads: int, head_dim: int,
+                 expand_v: float, conv_size: int, negative_eigenvalues: bool, decay: bool,
+                 output_gate: bool) -> None:
         super().__init__(d_model, place=place)
         value_dim = round(head_dim * expand_v)
         if expand_v <= 0 or value_dim < 1 or not math.isclose(value_dim, head_dim * expand_v):

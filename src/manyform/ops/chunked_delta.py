@@ -33,6 +33,10 @@ LIMIT = 60.0
 """Largest total log decay of a chunk, a channel: its factors exp(c_i) and exp(-c_j) and their
 masked products stay finite in float32 and bfloat16."""
 
+SMALL = 2**22
+"""Below this many state elements times steps, products of bfloat16 input are taken in float32:
+there they cost less than the calls do."""
+
 Erase = tuple[Tensor, Tensor]
 
 
@@ -272,15 +276,27 @@ class _ChunkedDelta(torch.autograd.Function):
             else:
                 uv = torch.cat([u, p.v], 1)
                 dv = torch.baddbmm(p.y_write[:, size:] @ outgoing, p.products[:, :, size:].mT, zy)
-            dproducts = _mask(zy @ uv.mT, frame, shape)
-            dy_write = uv @ outgoing.mT
-            dx = torch.baddbmm(_times(zy @ incoming.mT, frame.read, shape), dproducts, p.y_mix)
+            dproducts = zy @ uv.mT
+            if log_decay is not None and log_decay.ndim == 3:
+                by_x, by_y = _pair_sums(p.products, dproducts, shape, size, wide)
+            _mask(dproducts, frame, shape)
+            dx_read, dy_write = zy @ incoming.mT, uv @ outgoing.mT
+            dx = torch.baddbmm(_times(dx_read, frame.read, shape), dproducts, p.y_mix)
             dk = torch.baddbmm(_times(dy_write, frame.write, shape), dproducts.mT, p.x_mix)
-            dx, dk = _times(dx, frame.mix_x, shape), _times(dk, frame.mix_y, shape)
             dg = None
             if log_decay is not None:
-                dg = _decay_gradient(p, frame, dx, dk, dy_write, incoming, dstates[1:], log_decay,
-                                     shape, size)
+                written = (p.y_write.to(wide) * dy_write).view(*shape, -1, size, key).sum(3)
+                kept = (incoming.to(wide) * dstates[1:].reshape_as(incoming)).sum(-1)
+                if log_decay.ndim == 4:
+                    by_x = (p.x_mix.to(wide) * dx).view(*shape, 2, size, key)
+                    by_y = (p.y_mix.to(wide) * dk).view(*shape, -1, size, key).sum(3)
+                else:
+                    written, kept = written.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+                    by_x += (p.x_read.to(wide) * dx_read).sum(-1).view_as(by_x)
+                    by_y += written
+                ends = written.sum(3) + (frame.keep[..., 0] * kept).view(*shape, -1)
+                dg = _decay_gradient(by_x, by_y, ends, frame, log_decay)
+            dx, dk = _times(dx, frame.mix_x, shape), _times(dk, frame.mix_y, shape)
             dx, dk = dx.view(*shape, 2, size, key), dk.view(*shape, -1, size, key)
             return (_join(dx[:, :, :, 1], length) * scale, _join(dk[:, :, :, -1], length),
                     _join(dv.view(*shape, size, value), length), _join(dx[:, :, :, 0], length),
@@ -288,30 +304,29 @@ class _ChunkedDelta(torch.autograd.Function):
                     dstates[0].view(batch, heads, key, value), None, None, None)
 
 
-def _decay_gradient(p: _Parts, frame: Frame, dx: Tensor, dk: Tensor, dy_write: Tensor,
-                    incoming: Tensor, outgoing: Tensor, log_decay: Tensor, shape: tuple[int, ...],
-                    size: int) -> Tensor:
+def _pair_sums(products: Tensor, dproducts: Tensor, shape: tuple[int, ...], size: int,
+               wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sums of products * dproducts over rows and columns: gradients by a head's log decay totals.
+
+    Both come from the same numbers: most of each total cancels in a difference of totals, which
+    products rounded apart from one another would leave as noise.
+    """
+    both = (dproducts.to(wide) * products).view(*shape, 2, size, -1, size)
+    return both.sum((-1, -2))[..., None], both.sum((3, 4, 5))[..., None]
+
+
+def _decay_gradient(by_x: Tensor, by_y: Tensor, ends: Tensor, frame: Frame, log_decay: Tensor,
+                    ) -> Tensor:
     """Gradient of the log decays, (B, T, H) or (B, T, H, K).
 
-    Every x_i carries exp(its total), every y_j exp(-its total), so the gradient of a total is
-    x * dx or -y * dy; what a chunk writes and keeps carries exp(the chunk's total) besides.
+    by_x: (T/C, B, H, 2, C, 1 or K), gradients by the totals that a_i and q_i carry (up to i - 1,
+    up to i); by_y: (T/C, B, H, C, .), less the gradient by what b_j, k_j carry; ends:
+    (T/C, B, H, .), by the total of the chunk.
     """
-    wide = log_decay.dtype
-    n, batch, heads = shape
-
-    def total(left: Tensor, right: Tensor) -> Tensor:
-        both = left.to(wide) * right
-        return both if log_decay.ndim == 4 else both.sum(-1, keepdim=True)
-
-    by_x = total(p.x, dx).view(*shape, 2, size, -1)
-    by_y = total(p.y, dk).view(*shape, -1, size, by_x.shape[-1]).sum(3)
+    n, batch, _, _, size = by_x.shape[:5]
     dc = by_x[:, :, :, 1] - by_y
     dc[..., :-1, :] += by_x[:, :, :, 0, 1:]
-    ends = total(p.y_write, dy_write).sum(1)
-    kept = (incoming.to(wide) * outgoing.view_as(incoming)).sum(-1)
-    assert frame.keep is not None
-    kept = frame.keep[..., 0] * (kept if log_decay.ndim == 4 else kept.sum(-1, keepdim=True))
-    dc[..., -1, :] += (ends + kept).view(n, batch, heads, -1)
+    dc[..., -1, :] += ends
     dg = frame.cumulate.mT @ dc.transpose(2, 3).flatten(3)
     dg = dg.view(n, batch, size, *log_decay.shape[2:]).transpose(0, 1)
     return dg.reshape(batch, n * size, *log_decay.shape[2:])[:, :log_decay.shape[1]]
@@ -343,12 +358,13 @@ def _chunk_size(log_decay: Tensor | None, length: int) -> int | None:
 def chunked_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None,
                   erase: Erase | None = None, state: Tensor | None = None,
                   reset: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`matrix_recurrence` with an erase term, in chunks; products in the dtype of v (float32 for
-    float16), inverses and states in float32 (float64 for float64 input)."""
+    """`matrix_recurrence` with an erase term, in chunks; products in bfloat16 for bfloat16 input
+    that is not small, else as inverses and states in float32 (float64 for float64 input)."""
     assert erase is not None
     batch, length, heads, value = v.shape
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    dtype = v.dtype if v.dtype in (torch.bfloat16, torch.float64) else torch.float32
+    small = v.numel() * k.shape[-1] < SMALL
+    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 and not small else wide
     g = None
     if log_decay is not None:
         g = log_decay.to(wide)

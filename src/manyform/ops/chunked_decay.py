@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from manyform.ops.matrix_recurrence import matrix_recurrence
 
 CHUNK = 64
+SMALL = 1 << 15  # elements of v
 # e^-55 of a gradient of 1e-9 is still a normal float32 or bfloat16, e^55 of anything sane finite.
 WIDEST = 110.0
 # exp(-104) is 0 in float32, exp(-746) in float64: a stronger decay cannot be told from these.
@@ -58,7 +59,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, er
     compute = v.dtype
     if compute == torch.float32 and torch.is_autocast_enabled(v.device.type):
         compute = torch.get_autocast_dtype(v.device.type)
-    if compute == torch.float16:  # its range is too small for the factors
+    # float16 has too small a range for the factors, and small products gain nothing from bfloat16
+    if compute == torch.float16 or (wide == torch.float32 and v.numel() < SMALL):
         compute = torch.float32
     size = min(CHUNK, 1 << (length - 1).bit_length())
     pad = -length % size
@@ -259,21 +261,24 @@ class _Chunked(torch.autograd.Function):
             states = _carry(start, f.keep, _times(add.to(state.dtype), f.leave))
             entering = _entering(states, f, compute)
             p = _scores(form, ql, kr, q0, k0, f, groups)
+            apart = ctx.needs_input_grad[3] and not by_key
+            own = _take_diagonal(p) if apart else None
             y = torch.bmm(_document(ql, f.first, groups), entering)
             y.baddbmm_(p, vr, beta=scale, alpha=scale)
             y = _times(_back(y, batch, groups, value), None if by_key else f.left)
-            y = y.to(v.dtype).reshape(v.shape)
+            y = past = y.to(v.dtype).reshape(v.shape)
+            if own is not None:
+                y = past + _own(own, v, scale)
             last = states[:, -1].transpose(2, 3).reshape(state.shape)
-        needs_g = ctx.needs_input_grad[3]
-        ctx.save_for_backward(ql, kr, vr, q0, k0, y if needs_g and not by_key else None, reset,
-                              states, *f)
+        ctx.save_for_backward(ql, kr, vr, q0, k0, past if apart else None,
+                              reset, states, *f)
         ctx.constants = q.dtype, k.dtype, g is not None and g.shape, scale, form, by_key, shape
         return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        ql, kr, vr, q0, k0, y, reset, states, *rest = ctx.saved_tensors
+        ql, kr, vr, q0, k0, past, reset, states, *rest = ctx.saved_tensors
         f = _Factors(*rest)
         q_dtype, k_dtype, g_shape, scale, form, by_key, shape = ctx.constants
         batch, _, groups, width, per_group, value = shape
@@ -283,6 +288,10 @@ class _Chunked(torch.autograd.Function):
             dyl = _rows(dyl, None if by_key else f.left, groups, size, compute)
             p = _scores(form, ql, kr, q0, k0, f, groups)
             dp = _causal(torch.bmm(dyl, vr.mT), f.same, groups)
+            # A step's own key and value meet without decay. Where the gradient of a decay is
+            # wanted they are kept apart: their share would cancel in it, but for rounding.
+            apart = ctx.needs_input_grad[3]
+            own = _take_diagonal(dp if by_key else p) if apart else None
             add = torch.bmm(_document(ql, f.first, groups).mT, dyl).view(shape)
             end = dlast.unflatten(1, (groups, per_group)).transpose(2, 3)
             dstates = _carry(end, f.keep, _times(add.to(wide), f.enter), backward=True)
@@ -296,9 +305,9 @@ class _Chunked(torch.autograd.Function):
                 dq.baddbmm_(dp, kr)
                 dk.baddbmm_(dp.mT, ql)
             else:
-                dq0, dk0 = _scores_backward(form, dp, q0, k0, f, groups)
+                dq0, dk0 = _scores_backward(form, dp, q0, k0, f)
             dg = None
-            if ctx.needs_input_grad[3]:
+            if apart:
                 # c_i multiplies what row i reads and divides what it writes; b, what leaves
                 if by_key:
                     dc = ql.to(wide) * dq - kr.to(wide) * dk
@@ -306,9 +315,13 @@ class _Chunked(torch.autograd.Function):
                         dc += q0.to(wide) * dq0 - k0.to(wide) * dk0
                     dc = _back(dc, batch, groups, width)
                     db = (states[:, 1:] * dstates[:, 1:]).sum((-2, -1))
+                    to_q, to_k, from_q, from_k = ((dq, dk, ql, kr) if dq0 is None else
+                                                  (dq0, dk0, q0, k0))
+                    to_q.addcmul_(own, from_k)
+                    to_k.addcmul_(own, from_q)
                 else:
-                    dc = (y.to(wide) * dy).sum(-1).unflatten(1, (-1, size))
-                    dc = dc - _back(vr.to(wide) * dv, batch, groups, value).sum(-1)
+                    dc = (past.to(wide) * dy).sum(-1).unflatten(1, (-1, size))
+                    dc -= _back(vr.to(wide) * dv, batch, groups, value).sum(-1)
                     db = (states[:, 1:] * dstates[:, 1:]).sum((3, 5)).flatten(2)
                 if len(g_shape) == 3 and by_key:
                     dc, db = dc.sum(-1), db.sum(-1)
@@ -318,12 +331,30 @@ class _Chunked(torch.autograd.Function):
             dq = _times(_back(dq, batch, groups, width), f.left if by_key else None)
             dk = _times(_back(dk, batch, groups, width), f.right if by_key else None)
             dv = _times(_back(dv, batch, groups, value), None if by_key else f.right)
+            if apart and not by_key:
+                dv = dv + _own(own, dy, scale).unflatten(1, (-1, size))
             if dq0 is not None:
                 dq = dq + _back(dq0, batch, groups, width)
                 dk = dk + _back(dk0, batch, groups, width)
             dstate = dstates[:, 0].transpose(2, 3).flatten(1, 2)
         return (dq.to(q_dtype).flatten(1, 2), dk.to(k_dtype).flatten(1, 2),
                 dv.to(dy.dtype).flatten(1, 2), dg, dstate, None, None, None, None, None)
+
+
+def _take_diagonal(p: Tensor) -> Tensor:
+    """The diagonal of p (X, C, C), as (X, C, 1), which is zero in p after."""
+    diagonal = p.diagonal(dim1=1, dim2=2)[..., None].clone()
+    p.tril_(-1)
+    return diagonal
+
+
+def _own(diagonal: Tensor, v: Tensor, scale: float) -> Tensor:
+    """What each step's own score, (B N G, C, 1), adds: scale * score * v, (B, T, H, V)."""
+    batch, length, heads, _ = v.shape
+    groups = diagonal.numel() // (batch * length)
+    scores = diagonal.view(batch, -1, groups, diagonal.shape[1]).transpose(2, 3) * scale
+    scores = scores.reshape(batch, length, groups, 1, 1)
+    return (v.unflatten(2, (groups, -1)) * scores).flatten(2, 3)
 
 
 def _entering(states: Tensor, f: _Factors, dtype: torch.dtype) -> Tensor:
@@ -361,9 +392,9 @@ def _scores(form: str, ql: Tensor, kr: Tensor, q0: Tensor | None, k0: Tensor | N
     return _causal(p, f.same, groups)
 
 
-def _scores_backward(form: str, dp: Tensor, q0: Tensor, k0: Tensor, f: _Factors, groups: int,
+def _scores_backward(form: str, dp: Tensor, q0: Tensor, k0: Tensor, f: _Factors,
                      ) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k through the scores of the forms "pairs" and "levels"."""
+    """Gradients of q and k through the scores below the diagonal, forms "pairs" and "levels"."""
     if form == "pairs":
         dp = _times_pairs(dp, f)
         return torch.bmm(dp, k0), torch.bmm(dp.mT, q0)
@@ -396,7 +427,7 @@ def _level_factors(q: Tensor, f: _Factors) -> list[tuple[int, Tensor, Tensor]]:
 
 
 def _squares(p: Tensor, side: int) -> Tensor:
-    """The squares of that side below the diagonal of p (X, C, C): a view (X, number, side, side)."""
+    """Squares of that side below the diagonal of p (X, C, C): a view (X, number, side, side)."""
     blocks = p.unflatten(2, (-1, 2, side)).unflatten(1, (-1, 2, side))
     return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
@@ -418,8 +449,7 @@ def _levels(q: Tensor, k: Tensor, factors: list[tuple[int, Tensor, Tensor]]) -> 
 def _levels_backward(dp: Tensor, q: Tensor, k: Tensor, factors: list[tuple[int, Tensor, Tensor]],
                      ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    diagonal = dp.diagonal(dim1=1, dim2=2)[..., None].to(wide)
-    dq, dk = diagonal * k, diagonal * q
+    dq, dk = torch.zeros_like(q, dtype=wide), torch.zeros_like(k, dtype=wide)
     for side, left, right in factors:
         square = _squares(dp, side)
         columns = (_halves(k, side, 0) * right).to(q.dtype)

@@ -1,0 +1,124 @@
+"""Mamba-2: a state space whose heads decay as a whole, so that it is also a masked attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
+from manyform.errors import ManyformError
+from manyform.ops.matrix_recurrence import matrix_recurrence
+from manyform.ops.rms_norm import rms_norm
+from manyform.ops.short_conv import short_conv
+
+
+class Mamba2State(NamedTuple):
+    """conv: (batch, conv_size - 1, channels), the last inputs of the convolution; ssm: (batch,
+    n_heads, d_state, head_dim), the state of the recurrence. Both float32."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@mixer("mamba2")
+class Mamba2(SequenceMixer):
+    """S_t = exp(A dt_t) S_{t-1} + B_t (dt_t x_t)^T, y_t = S_t^T C_t + D x_t, a head with one A < 0
+    (Dao & Gu 2024, "Transformers are SSMs", section 7.1 and figure 6, the parallel block).
+
+    z, x, B, C, dt = in_proj(u); x, B, C = silu(short_conv(x, B, C)); dt = softplus(dt + dt_bias);
+    out_proj(norm(y * silu(z))).
+
+    d_state: features of B and C. expand: inner width over d_model. head_dim: features of x in a
+    head, the largest divisor of the inner width up to 64 if None. n_groups: groups of heads that
+    share B and C, and over which the norm is taken. conv_size: taps of the convolution. dt_min,
+    dt_max: range of the initial steps, log-uniform. A starts uniform in -16 .. -1 and D at one;
+    they and dt_bias have no weight decay. Linear layers start uniform within 1 / sqrt(fan in),
+    out_proj divided by the square root of the depth, as in the released code.
+    """
+
+    def __init__(self, d_model: int, *, place: Place = Place(), d_state: int = 128,
+                 expand: float = 2.0, head_dim: int | None = None, n_groups: int = 1,
+                 conv_size: int = 4, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
+        super().__init__(d_model, place=place)
+        inner = round(expand * d_model)
+        for name, value in (("d_state", d_state), ("expand * d_model", inner),
+                            ("n_groups", n_groups), ("conv_size", conv_size),
+                            ("head_dim", 1 if head_dim is None else head_dim)):
+            if value < 1:
+                raise ManyformError(f"{name} of mamba2 must be at least 1, not {value}")
+        if not 0 < dt_min <= dt_max:
+            raise ManyformError(f"mamba2 needs 0 < dt_min <= dt_max, not {dt_min} and {dt_max}")
+        size = head_dim or max(s for s in range(1, 65) if inner % (s * n_groups) == 0 or s == 1)
+        if inner % (size * n_groups):
+            raise ManyformError(f"the inner width {inner} of mamba2 must be a multiple of head_dim "
+                                f"* n_groups = {size} * {n_groups}")
+        self.inner, self.d_state, self.head_dim = inner, d_state, size
+        self.n_heads, self.n_groups, self.conv_size = inner // size, n_groups, conv_size
+        self.conv_width = inner + 2 * n_groups * d_state
+        self.in_proj = nn.Linear(d_model, inner + self.conv_width + self.n_heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(self.conv_width, conv_size))
+        self.conv_bias = nn.Parameter(torch.empty(self.conv_width))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1.0, 16.0).log())
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.norm_weight = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        for tensor in (self.conv_weight, self.conv_bias):
+            nn.init.uniform_(tensor, -(conv_size**-0.5), conv_size**-0.5)
+        with torch.no_grad():
+            self.out_proj.weight.div_(math.sqrt(place.count))
+            dt = torch.exp(torch.empty(self.n_heads).uniform_(math.log(dt_min), math.log(dt_max)))
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, x: Tensor, state: Mamba2State | None = None, *,
+                reset: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
+        """x: (batch, length, d_model) -> the same shape, and the state after the last step."""
+        old_conv, old_ssm = (None, None) if state is None else state
+        shared = self.n_groups * self.d_state
+        z, xbc, dt = self.in_proj(x).split([self.inner, self.conv_width, self.n_heads], dim=-1)
+        xbc, conv = short_conv(xbc, self.conv_weight, self.conv_bias, old_conv, reset, "silu")
+        u, b, c = xbc.split([self.inner, shared, shared], dim=-1)
+        b, c = (part.unflatten(-1, (self.n_groups, self.d_state)) for part in (b, c))
+        u = u.unflatten(-1, (self.n_heads, self.head_dim))
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias)
+        v = (u * dt[..., None]).to(u.dtype)  # in float32, for the sake of the gradient of dt
+        y, ssm = matrix_recurrence(c, b, v, -self.A_log.exp() * dt, None, old_ssm, reset)
+        y = (y + u * self.D[:, None]).to(u.dtype).flatten(2)
+        y = self._norm(y * F.silu(z))
+        return self.out_proj(y), Mamba2State(conv, ssm)
+
+    def _norm(self, y: Tensor) -> Tensor:
+        if self.n_groups == 1:
+            return rms_norm(y, self.norm_weight, 1e-5)
+        groups = y.unflatten(-1, (self.n_groups, -1))
+        unit = torch.ones_like(self.norm_weight[:groups.shape[-1]])
+        return rms_norm(groups, unit, 1e-5).flatten(-2) * self.norm_weight.to(y.dtype)
+
+    def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
+                      ) -> Mamba2State:
+        """Zeros, in float32 (float64 for a float64 mixer)."""
+        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        return Mamba2State(
+            torch.zeros(batch_size, self.conv_size - 1, self.conv_width, dtype=dtype,
+                        device=device),
+            torch.zeros(batch_size, self.n_heads, self.d_state, self.head_dim, dtype=dtype,
+                        device=device))
+
+    def cost(self, length: int) -> Cost:
+        """Matrix products, the convolution and the recurrence; a state of fixed size."""
+        products = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
+        conv = 2 * self.conv_size * self.conv_width
+        ssm = self.inner * self.d_state
+        element = torch.promote_types(self.A_log.dtype, torch.float32).itemsize
+        return Cost(length * (products + conv + 5 * ssm),
+                    element * ((self.conv_size - 1) * self.conv_width + ssm))
+
+    def hints(self) -> Mapping[str, Hint]:
+        """No weight decay on what sets the rates and the skip."""
+        return {name: Hint(weight_decay=False) for name in ("A_log", "D", "dt_bias")}

@@ -94,7 +94,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, slopes: Tensor | No
     packed = torch.empty(2, batch * groups, n * d // 2, dtype=torch.int32)
     columns, pairs = packed.numpy().view("u4")
     block = kernels.SIDE * kernels.KEYS + kernels.SIDE * d
-    floats = torch.empty(workers, block + 2 * kernels.SIDE)
+    floats = torch.empty(workers, block + kernels.SIDE * 17)
     halves = torch.empty(workers, block, dtype=torch.int16).numpy().view("u2")
     kernels.pack(flat(k).view("u4"), flat(v), _strides(k), _strides(v), batch, groups, n, d,
                  columns, pairs)

@@ -20,7 +20,16 @@ from manyform.ops.kernels.lanes import (
     store,
     total,
 )
-from manyform.ops.kernels.tiles import SHAPE, configure, exp2, product, release, store_pairs
+from manyform.ops.kernels.tiles import (
+    SHAPE,
+    configure,
+    exceeds,
+    exp2,
+    product,
+    release,
+    store_half,
+    store_pairs,
+)
 
 SIDE = 32
 """Rows and columns of one product of tiles."""
@@ -29,6 +38,7 @@ KEYS = 256
 CHUNK = 128
 """Queries and keys a step of the backward pass."""
 HIDDEN = np.float32(-1e30)
+SLACK = np.float32(8)
 
 
 @numba.njit(cache=True)
@@ -86,8 +96,8 @@ def pack(k, v, k_strides, v_strides, batch, groups, n, d, k_columns, v_pairs):
 def _soften(scores, weights, i0, j0, width, first, scale, slope, ramp, origin, top, summed, out, d):
     """One step of the online softmax (Milakov 2018) for 32 queries and `width` keys.
 
-    scores: (32, KEYS) float32 -> weights: (32, KEYS) bfloat16; top, summed: the running maximum and
-    sum of each query; out: (32, d), what has been added up so far, scaled down as maxima rise.
+    scores: (32, KEYS) float32 -> weights: (32, KEYS) bfloat16; top: the shift of each query's
+    exponents; summed: (32, 16), its running sums; out: (32, d), what has been added up so far.
     """
     for r in range(SIDE):
         low = max(first[i0 + r] - j0, 0)
@@ -106,27 +116,32 @@ def _soften(scores, weights, i0, j0, width, first, scale, slope, ramp, origin, t
             scores[row + j] = HIDDEN
         for j in range(high, end):
             scores[row + j] = HIDDEN
-        peak = splat(HIDDEN)
-        for j in range(begin, end, WIDTH):
-            s = load(scores, row + j) * splat(scale)
-            if slope != 0:
+        peak, unit = splat(HIDDEN), scale
+        if slope != 0:
+            unit = np.float32(1)
+            for j in range(begin, end, WIDTH):
+                s = load(scores, row + j) * splat(scale)
                 s = s + load(ramp, origin + j0 + j - i0 - r) * splat(slope)
                 store(scores, row + j, s)
-            peak = maximum(s, peak)
-        new = max(top[r], largest(peak))
-        if top[r] < new:
-            shrink = largest(exp2(splat(top[r] - new)))
-            summed[r] *= shrink
-            for j in range(0, d, WIDTH):
-                store(out, r * d + j, load(out, r * d + j) * splat(shrink))
-            top[r] = new
-        unit = np.float32(1) if slope != 0 else scale
-        more = splat(np.float32(0))
         for j in range(begin, end, WIDTH):
-            p = exp2(load(scores, row + j) * splat(unit) - splat(new))
+            peak = maximum(load(scores, row + j), peak)
+        # The shift need not be the maximum: weights up to 2^SLACK do no harm, and most steps of
+        # most rows then have nothing to scale down.
+        if exceeds(peak * splat(unit), top[r] + SLACK):
+            new = largest(peak) * unit
+            shrink = splat(np.float32(0))
+            if top[r] > HIDDEN:
+                shrink = exp2(splat(top[r] - new))
+            store(summed, r * WIDTH, load(summed, r * WIDTH) * shrink)
+            for j in range(0, d, WIDTH):
+                store(out, r * d + j, load(out, r * d + j) * shrink)
+            top[r] = new
+        more, shift = load(summed, r * WIDTH), splat(top[r])
+        for j in range(begin, end, WIDTH):
+            p = exp2(load(scores, row + j) * splat(unit) - shift)
             more = more + p
-            store(weights, row + j, p)
-        summed[r] += total(more)
+            store_half(weights, row + j, p)
+        store(summed, r * WIDTH, more)
 
 
 @numba.njit(fastmath=FAST, parallel=True, cache=True)
@@ -134,7 +149,7 @@ def forward(q, q_strides, k_columns, v_pairs, heads, groups, first, scale, slope
             y, y_strides, peaks, floats, halves):
     """y, and for each query the base-2 logarithm of its sum of exponentials (peaks).
 
-    floats (workers, KEYS * 32 + 32 * d + 64), halves (workers, KEYS * 32 + 32 * d): scratch.
+    floats (workers, KEYS * 32 + 32 * (d + 17)), halves (workers, KEYS * 32 + 32 * d): scratch.
     """
     workers, batch, n = floats.shape[0], first.shape[0], first.shape[1]
     d = k_columns.shape[1] // n * 2
@@ -171,10 +186,11 @@ def forward(q, q_strides, k_columns, v_pairs, heads, groups, first, scale, slope
                             v_at + j0 * d * 2 + c * 64, 1024, d * 64, width // SIDE)
             for r in range(SIDE):
                 at = b * y_strides[0] + h * y_strides[1] + (i0 + r) * y_strides[2]
-                inverse = splat(np.float32(1) / summed[r])
+                whole = total(load(summed, r * WIDTH))
+                inverse = splat(np.float32(1) / whole)
                 for j in range(0, d, WIDTH):
-                    store(y, at + j, load(out, r * d + j) * inverse)
-                peaks[b, h, i0 + r] = top[r] + np.log2(summed[r])
+                    store_half(y, at + j, load(out, r * d + j) * inverse)
+                peaks[b, h, i0 + r] = top[r] + np.log2(whole)
         release()
 
 
@@ -204,10 +220,10 @@ def _differentiate(scores, slants, i0, j0, first, last, scale, slope, ramp, orig
             p, o = exp2(s), exp2(t)
             a = p * (load(slants, r * SIDE + i) - dot)
             b = o * (load(slants, (r + 1) * SIDE + i) - dot)
-            store(weights, to + r * CHUNK + i, p)
-            store(weights, to + (r + 1) * CHUNK + i, o)
-            store(turned, to + r * CHUNK + i, a)
-            store(turned, to + (r + 1) * CHUNK + i, b)
+            store_half(weights, to + r * CHUNK + i, p)
+            store_half(weights, to + (r + 1) * CHUNK + i, o)
+            store_half(turned, to + r * CHUNK + i, a)
+            store_half(turned, to + (r + 1) * CHUNK + i, b)
             store_pairs(pairs, pair_to + i * (CHUNK // 2) + r * (WIDTH // 2), a, b)
 
 
@@ -311,8 +327,8 @@ def backward(q, q_pairs, q_strides, k, k_strides, v, v_strides, dy, dy_pairs, dy
                 for j in range(width):
                     at = ((b * n + j0 + j) * heads + h) * d
                     for c in range(0, d, WIDTH):
-                        store(dk, at + c, load(dk_sum, j * d + c) * splat(shrink))
-                        store(dv, at + c, load(dv_sum, j * d + c))
+                        store_half(dk, at + c, load(dk_sum, j * d + c) * splat(shrink))
+                        store_half(dv, at + c, load(dv_sum, j * d + c))
             for block in range(n // SIDE):
                 for r in range(d):  # turn back in place of k_rows, whose use is over
                     for c in range(SIDE):
@@ -322,7 +338,7 @@ def backward(q, q_pairs, q_strides, k, k_strides, v, v_strides, dy, dy_pairs, dy
                 for c in range(SIDE):
                     at = ((b * n + block * SIDE + c) * heads + h) * d
                     for r in range(0, d, WIDTH):
-                        store(dq, at + r, load(dk_sum, c * d + r))
+                        store_half(dq, at + r, load(dk_sum, c * d + r))
         release()
 
 

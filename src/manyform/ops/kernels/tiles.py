@@ -22,7 +22,8 @@ from numba.extending import intrinsic
 from manyform.ops.kernels.lanes import FAST, WIDTH, lanes
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_V32, _VF = ir.VectorType(_I32, WIDTH), ir.VectorType(ir.FloatType(), WIDTH)
+_V16, _V32 = ir.VectorType(ir.IntType(16), WIDTH), ir.VectorType(_I32, WIDTH)
+_VF = ir.VectorType(ir.FloatType(), WIDTH)
 
 
 @functools.cache
@@ -132,28 +133,59 @@ def product(c, c_row, fresh, a, a_row, a_step, b, b_side, b_step, steps):
     _store_c(corners, c_row)
 
 
-def _bfloat16_bits(builder: Any, value: Any) -> Any:
-    """bfloat16 bits of sixteen finite lanes, in the upper halves of 32 bits; lower halves vary."""
-    bits = builder.bitcast(value, _V32)
-    odd = builder.and_(builder.lshr(bits, _all(16)), _all(1))
-    return builder.add(bits, builder.add(odd, _all(0x7FFF)))
+class _BFloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite does not name; processors with tiles convert to it at once."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
 
 
-def _all(value: int | float) -> Any:
-    return ir.Constant(_VF if isinstance(value, float) else _V32, [value] * WIDTH)
+def _bfloat16(builder: Any, value: Any) -> Any:
+    """Sixteen bfloat16, as 16 bits each."""
+    half = builder.fptrunc(value, ir.VectorType(_BFloat(), WIDTH))
+    return builder.bitcast(half, _V16)
+
+
+def _store(context: Any, builder: Any, array: Any, args: Any, value: Any, align: int) -> Any:
+    data = context.make_array(array)(context, builder, args[0]).data
+    at = builder.bitcast(builder.gep(data, [args[1]]), value.type.as_pointer())
+    builder.store(value, at, align=align)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def store_half(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write sixteen lanes as bfloat16 (to a uint16 array), in one instruction and a store."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _store(context, builder, array, args, _bfloat16(builder, args[2]), 2)
+    return types.void(array, types.intp, lanes), code
 
 
 @intrinsic
 def store_pairs(typing: Any, array: Any, index: Any, a: Any, b: Any) -> Any:
     """Write (a_n, b_n), n = 0 ... 15, as pairs of bfloat16: one row of a B tile (uint32)."""
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        low = builder.lshr(_bfloat16_bits(builder, args[2]), _all(16))
-        high = builder.and_(_bfloat16_bits(builder, args[3]), _all(0xFFFF0000))
-        data = context.make_array(array)(context, builder, args[0]).data
-        at = builder.bitcast(builder.gep(data, [args[1]]), _V32.as_pointer())
-        builder.store(builder.or_(low, high), at, align=4)
-        return context.get_dummy_value()
+        low, high = (builder.zext(_bfloat16(builder, x), _V32) for x in args[2:])
+        both = builder.or_(low, builder.shl(high, ir.Constant(_V32, [16] * WIDTH)))
+        return _store(context, builder, array, args, both, 4)
     return types.void(array, types.intp, lanes, lanes), code
+
+
+@intrinsic
+def exceeds(typing: Any, value: Any, limit: Any) -> Any:
+    """True if any lane is larger than the limit, or not a number."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        limit = builder.insert_element(ir.Constant(_VF, ir.Undefined), args[1], _I32(0))
+        limit = builder.shuffle_vector(limit, limit, ir.Constant(_V32, [0] * WIDTH))
+        over = builder.bitcast(builder.fcmp_unordered(">", args[0], limit), ir.IntType(WIDTH))
+        return builder.icmp_unsigned("!=", over, ir.IntType(WIDTH)(0))
+    return types.boolean(lanes, types.float32), code
 
 
 # 2^f on [-1/2, 1/2]; relative error 4e-6, far below the 4e-3 of bfloat16.
@@ -162,18 +194,20 @@ _EXP2 = (1.0, 0.69314718, 0.24022651, 0.05550411, 0.00967184)
 
 @intrinsic
 def exp2(typing: Any, value: Any) -> Any:
-    """2^x for x below 126, and exactly 0 below -126; NaN stays NaN."""
+    """2^x, exactly 0 far below and NaN for NaN."""
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         flags = ("contract", "nsz", "arcp")
-        tiny = builder.fcmp_ordered("<", args[0], _all(-126.0))
-        x = builder.select(tiny, _all(-126.0), args[0])
-        magic = _all(12582912.0)  # 1.5 * 2^23 leaves the nearest whole number in the low bits
-        shifted = builder.fadd(x, magic)
-        f = builder.fsub(x, builder.fsub(shifted, magic))
-        p = _all(_EXP2[-1])
+        near = builder.module.declare_intrinsic("llvm.rint.v16f32",
+                                                fnty=ir.FunctionType(_VF, [_VF]))
+        whole = builder.call(near, [args[0]])
+        f = builder.fsub(args[0], whole)
+        p = ir.Constant(_VF, [_EXP2[-1]] * WIDTH)
         for c in _EXP2[-2::-1]:
-            p = builder.fadd(builder.fmul(p, f, flags=flags), _all(c), flags=flags)
-        power = builder.shl(builder.bitcast(shifted, _V32), _all(23))
-        power = builder.bitcast(builder.add(power, _all(0x3F800000)), _VF)
-        return builder.select(tiny, _all(0.0), builder.fmul(p, power))
+            p = builder.fadd(builder.fmul(p, f, flags=flags), ir.Constant(_VF, [c] * WIDTH),
+                             flags=flags)
+        # p 2^whole, one instruction where there are tiles
+        mask, rounding = ir.IntType(16), _I32
+        scale = ir.FunctionType(_VF, [_VF, _VF, _VF, mask, rounding])
+        scale = builder.module.declare_intrinsic("llvm.x86.avx512.mask.scalef.ps.512", fnty=scale)
+        return builder.call(scale, [p, whole, p, mask(0xFFFF), rounding(4)])
     return lanes(lanes), code

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from benchmarks.decoding import against_generate
-from benchmarks.harness import Line, write
+from benchmarks.harness import Line, update_readme, write
 from benchmarks.nanogpt import against_nanogpt
 from benchmarks.training_speed import against_attention, against_peers, share_of_peak
 
@@ -39,7 +39,9 @@ def main() -> None:
                 continue
         notes = [f"{line.what}: " + ", ".join(f"{op} by {path}" for op, path in line.paths.items())
                  for line in lines if line.paths]
-        print(write(name, lines, options.device, notes))
+        print(write(name, lines, options.device, notes), flush=True)
+    if options.device == "cpu":
+        update_readme()
 
 
 if __name__ == "__main__":

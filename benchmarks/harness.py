@@ -114,3 +114,17 @@ def markdown(record: dict[str, Any]) -> str:
 def figure(value: float) -> str:
     """A figure with three significant digits, thousands separated."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def update_readme(device: str = "cpu") -> None:
+    """Put the written tables of a device between the README's markers."""
+    readme = Path(__file__).parents[1] / "README.md"
+    text = readme.read_text()
+    begin, end = "<!-- benchmarks:begin -->\n", "<!-- benchmarks:end -->"
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*-{device}.json"))]
+    if not records:
+        return
+    merged = {**records[-1], "lines": [line for r in records for line in r["lines"]], "notes": []}
+    readme.write_text(head + begin + markdown(merged) + end + tail)

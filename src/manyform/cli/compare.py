@@ -42,6 +42,8 @@ def compare(
     )] = None,
     resume: Annotated[Path | None, typer.Option(
         help="A run folder to go on with, its settings taken from it.")] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(
+        help="How often an unfinished training run is saved.")] = 20.0,
 ) -> None:
     """Which architecture suits your data and budget, and what does it cost?"""
     from manyform import lab
@@ -51,7 +53,7 @@ def compare(
             data, archs=archs, budget=budget, match=match, seeds=seeds, tokenizer=tokenizer,
             column=column, d_model=d_model, n_layers=layers, length=length, batch_size=batch_size,
             device=device, contexts=_numbers(contexts), probe_steps=probe_steps, out=out,
-            resume=resume)
+            resume=resume, checkpoint_seconds=checkpoint_seconds)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None  # what was said on the way out tells how to go on
     for line in summary(results):

@@ -19,7 +19,7 @@ from manyform.errors import ManyformError
 from manyform.lab import live, measure, results
 from manyform.lab.calibrate import calibrate, step_seconds
 from manyform.lab.decode import decode_costs
-from manyform.lab.match import Size, match_params, reference_size
+from manyform.lab.match import Size, match_params, reference_size, table_length
 from manyform.lab.plan import (
     Budget,
     Plan,
@@ -278,7 +278,7 @@ class _Comparison:
                 if not facts["entry"]["causal"]:
                     raise ManyformError(f"{name} is not causal, and next-token loss means nothing "
                                         "for a model that sees the next token")
-                size = self._size(name)
+                size = self._size(name, shape.length)
                 facts.update(d_model=size.d_model, n_layers=size.n_layers, params=size.params,
                              target_params=size.target_params, options=dict(size.options))
                 timing = calibrate(size, self.data, shape, self.device, self.facts["precision"],
@@ -299,11 +299,11 @@ class _Comparison:
                                 + "; ".join(f"{n}: {known[n]['error']}" for n in names))
         return timings
 
-    def _size(self, name: str) -> Size:
+    def _size(self, name: str, length: int) -> Size:
         """The matched size; the first architecture that can be built sets the target."""
         facts = self.facts
         common = {"vocab_size": self.data.vocab_size, "d_model": facts["d_model"],
-                  "n_layers": facts["n_layers"]}
+                  "n_layers": facts["n_layers"], "options": table_length(name, length)}
         if facts.get("target_params") is None:
             size = reference_size(name, **common)
             facts["target_params"] = size.params

@@ -61,6 +61,14 @@ def count_params(arch: str, *, vocab_size: int, d_model: int, n_layers: int, **o
         return create(arch, **config).num_params()
 
 
+def table_length(arch: str, length: int) -> dict[str, Any]:
+    """The options that give a learned position table `length` rows, as the models that have one
+    do: its parameters would otherwise weigh on their side. Nothing for the others."""
+    if entry(arch).defaults.get("position") == "learned":
+        return {"max_length": length}
+    return {}
+
+
 def natural_depth(arch: str, n_layers: int) -> int:
     """The depth to start from: the entry's own where it declares one (stacked recurrent cells),
     else `n_layers`, made a multiple of a hybrid's pattern so that each of its mixers occurs."""
@@ -128,8 +136,8 @@ def _depth(count: Count, target: int, d_model: int, depth: int, period: int) -> 
         return abs(math.log(_width(count, target, n) / d_model))
     if stretch(depth) <= math.log(BAND):
         return depth
-    options = [n for n in range(period, 4 * depth + 1, period)]
-    return min(options or [depth], key=lambda n: (round(stretch(n), 3), n))
+    # Up to twice as deep: two bare mixers stand for a mixer and its channel (Gu 2023, section 3.4).
+    return min(range(period, 2 * depth + 1, period), key=lambda n: (round(stretch(n), 3), n))
 
 
 def _width(count: Count, target: int, depth: int) -> float:
@@ -168,7 +176,12 @@ def _candidates(arch: str, count: Count, target: int, depth: int, fixed: Mapping
         return None if params is None else Size(arch, d, n, params, target, {**fixed, **extra})
 
     def around(n: int, step: int) -> list[int]:
-        below = int(_width(count, target, n) // step) * step
+        """The widths on both sides of the target, from an estimate."""
+        below = max(1, int(_width(count, target, n) // step)) * step
+        while (value := count(below + step, n)) is not None and value <= target:
+            below += step
+        while below > step and (value := count(below, n)) is not None and value > target:
+            below -= step
         return [d for d in (below, below + step, below - step) if d >= step]
 
     def widths(n: int, *steps: int) -> Any:
@@ -184,10 +197,12 @@ def _candidates(arch: str, count: Count, target: int, depth: int, fixed: Mapping
                 if extra and (found := size(d, depth, **extra)):
                     yield found
     yield from widths(depth, *STEPS[2:])
+    yield from widths(depth, 2)
     if "n_layers" in entry(arch).defaults:
-        yield from widths(depth, 2, 1)  # stacked cells have no heads to keep whole
+        yield from widths(depth, 1)  # stacked cells have no heads to keep whole
         return
-    for n in (depth + 1, depth - 1, depth + 2, depth - 2):
+    period = len(parse(entry(arch)))
+    for n in (depth + period, depth - period, depth + 2 * period, depth - 2 * period):
         if n >= 1:
             yield from widths(n, *STEPS)
 

@@ -189,3 +189,33 @@ def test_tiles_show_what_is_not_finite():
         assert y[0, 0, 40:].isnan().all()
         k[0, 0, 50] = math.nan
         assert attention(q, k, torch.ones_like(v))[0, 0, 50:].isnan().all()
+
+
+@pytest.mark.skipif(not available(), reason="numba is not installed")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_decode(case, groups, dtype):
+    if case.get("documents"):
+        case = {**case, "documents": False}
+    args, options = facts(2, 4, groups, 1, **{"old": 0, "d": 32, "dtype": dtype, **case})
+    with use("reference"):
+        expected = attention(*args, **options)
+    with use(attention="decode"):
+        got = attention(*args, **options)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert got.dtype == dtype
+    assert torch.allclose(expected, got, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not available(), reason="numba is not installed")
+@torch.no_grad()
+def test_decode_of_many_keys_in_a_growing_cache():
+    cache = torch.randn(2, 2, 3000, 64)[:, :, 100:2900]
+    q = torch.randn(2, 8, 1, 64)
+    with use(attention="reference"):
+        expected = attention(q, cache, cache.flip(3))
+    with use(attention="decode"):
+        got = attention(q, cache, cache.flip(3))
+    assert torch.allclose(expected, got, atol=1e-5)

@@ -15,13 +15,15 @@ Forms, the preferred one first:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyform.ops.kernels import single, threads, usable
 from manyform.ops.operation import operation
-from manyform.ops.tiled_attention import applies, tiled_attention
+from manyform.ops.tiled_attention import LOG2E, applies, tiled_attention
 
 BLOCK = 256
 """Queries a block in the blocked form."""
@@ -194,6 +196,36 @@ def _first_tokens(k: Tensor, v: Tensor, start: Tensor, prefix: int, sinks: int,
     inside = torch.where((place < 0) & (prefix > 0), place - start[:, None], inside)
     index = inside[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
     return [x.gather(2, index) for x in (k, v)]
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, **_: Any) -> bool:
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return (q.shape[2] == 1 and not graph and q.shape[3] % 16 == 0 and q.dtype == k.dtype == v.dtype
+            and usable(q, k, v) and single(q) and all(x.stride(3) == 1 for x in (q, k, v)))
+
+
+@attention.path("decode", when=_one_query)
+def _(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, *, prefix: int = 0,
+      window: int | None = None, sinks: int = 0, slopes: Tensor | None = None,
+      scale: float | None = None) -> Tensor:
+    import numpy as np
+
+    from manyform.ops.kernels import attention_step as kernels
+    from manyform.ops.kernels.lanes import flat
+    batch, heads, _, d = q.shape
+    keys = k.shape[2]
+    begin = np.zeros(batch, np.int64) if start is None else start[:, 0].numpy()
+    slope = np.zeros(heads, np.float32) if slopes is None else slopes.float().numpy() * LOG2E
+    attend = kernels.attend
+    if batch * heads * keys * d > 1 << 19:
+        threads()
+        attend = kernels.attend_parallel
+    y = torch.empty(batch, heads, 1, d, dtype=q.dtype)
+    attend(flat(q), q.stride(), flat(k), k.stride(), flat(v), v.stride(), begin, batch, heads,
+           k.shape[1], keys, prefix, keys if window is None else window, sinks, d,
+           np.float32((_scale(q) if scale is None else scale) * LOG2E), slope.astype(np.float32),
+           flat(y))
+    return y
 
 
 attention.path("amx", when=applies)(tiled_attention)

@@ -82,7 +82,7 @@ def backward(x, xs, weight, bias, state, reach, silu, dy, dys, dx, dstate, dweig
     back = taps - 1
     vectors = padded // WIDTH
     w = weight.reshape(-1)
-    one = splat(np.float32(1))
+    zero, one = splat(np.float32(0)), splat(np.float32(1))
     for task in numba.prange(batch * groups):
         row, group = task // groups, task % groups
         window = np.empty((BLOCK + 2 * back) * WIDTH, np.float32)
@@ -97,26 +97,34 @@ def backward(x, xs, weight, bias, state, reach, silu, dy, dys, dx, dstate, dweig
                 used = min(WIDTH, width - col)
                 _window(x, xs, state, row, t0, ahead, back, width, col, used, window)
                 pack(dy, row * dys[0] + t0 * dys[1] + col, dys[1], ahead, used, slope, 0)
-                for t in range(steps + back):
-                    store(grad, t * WIDTH, splat(np.float32(0)))
                 for t in range(ahead):
-                    near = min(back, reach[row, t0 + t]) if reach.shape[0] > 0 else back
                     g = load(slope, t * WIDTH)
                     if silu:
+                        near = min(back, reach[row, t0 + t]) if reach.shape[0] > 0 else back
                         acc = load(bias, col)
                         for i in range(near + 1):
                             acc = acc + (load(w, (back - i) * padded + col)
                                          * load(window, (t + back - i) * WIDTH))
                         s = sigmoid(acc)
                         g = g * s * (one + acc * (one - s))
-                    for i in range(near + 1):
-                        j, k = (t + back - i) * WIDTH, (back - i) * padded + col
-                        if t < steps:
-                            store(dw, k, load(dw, k) + g * load(window, j))
-                        if t + back - i < steps + back:
-                            store(grad, j, load(grad, j) + g * load(w, k))
+                        store(slope, t * WIDTH, g)
                     if t < steps:
                         store(db, col, load(db, col) + g)
+                for i in range(taps):
+                    k = (back - i) * padded + col
+                    acc = load(dw, k)
+                    for t in range(steps):
+                        if reach.shape[0] == 0 or reach[row, t0 + t] >= i:
+                            acc = acc + load(slope, t * WIDTH) * load(window,
+                                                                      (t + back - i) * WIDTH)
+                    store(dw, k, acc)
+                for p in range(0 if t0 == 0 else back, steps + back):  # input t0 + p - back
+                    acc = zero
+                    for i in range(max(0, back - p), min(taps, ahead + back - p)):
+                        t = p - back + i
+                        if reach.shape[0] == 0 or reach[row, t0 + t] >= i:
+                            acc = acc + load(slope, t * WIDTH) * load(w, (back - i) * padded + col)
+                    store(grad, p * WIDTH, acc)
                 if t0 == 0:
                     unpack(grad, 0, back, used, dstate, row * back * width + col, width)
                 unpack(grad, back * WIDTH, steps, used, dx, (row * length + t0) * width + col,

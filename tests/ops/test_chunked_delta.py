@@ -166,3 +166,14 @@ def test_unit_inverse(size):
     lower = torch.randn(3, size, size, dtype=torch.float64).tril(-1) / size**0.5
     eye = torch.eye(size, dtype=torch.float64)
     assert torch.allclose(unit_inverse(lower) @ (eye - lower), eye.expand(3, -1, -1), atol=1e-8)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("length", [1, 64, 150])
+def test_compiled_channel_decay(dtype, tolerance, shared, length, monkeypatch):
+    monkeypatch.setattr(chunked_delta, "SMALL", 0)
+    args = inputs("channel", shared=shared, dtype=dtype, length=length, key=32, value=16, heads=3,
+                  groups=3)
+    assert chunked_delta._compiled(args[3], None)
+    assert_close(run(args, "chunked_delta"), run(args, "reference"), tolerance)

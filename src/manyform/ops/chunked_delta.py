@@ -21,11 +21,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from manyform.ops.kernels import usable
 from manyform.ops.matrix_recurrence import matrix_recurrence
 
 CHUNK = 64
@@ -161,12 +163,10 @@ def unit_inverse(lower: Tensor) -> Tensor:
 
 
 class _Parts(NamedTuple):
-    """Products that forward and backward share. Y = [b; k], or k alone where it is b too."""
+    """Products that forward and backward share. X = [a; q]; Y = [b; k], or k where it is b too."""
 
-    x: Tensor          # (N, 2C, K) [a; q]
-    y: Tensor          # (N, C or 2C, K)
-    x_mix: Tensor
-    y_mix: Tensor
+    x_mix: Tensor      # (N, 2C, K)
+    y_mix: Tensor      # (N, C or 2C, K)
     x_read: Tensor
     y_write: Tensor
     products: Tensor   # (N, 2C, C or 2C), masked
@@ -181,8 +181,58 @@ def _times(x: Tensor, factor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     return (x.view(*shape, -1, rows, x.shape[-1]) * factor[:, :, :, None]).view(x.shape)
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, frame: Frame,
-           shape: tuple[int, ...], size: int, scale: float) -> _Parts:
+def _compiled(log_decay: Tensor | None, reset: Tensor | None, *rows: Tensor | None) -> bool:
+    """True if compiled loops can take decays of a channel in and out of the chunks' rows."""
+    return (log_decay is not None and log_decay.ndim == 4 and reset is None
+            and log_decay.dtype == torch.float32 and log_decay.shape[-1] % 16 == 0
+            and usable(log_decay)
+            and all(x is None or x.stride(-1) == 1 for x in (log_decay, *rows)))
+
+
+def _compiled_parts(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None,
+                    log_decay: Tensor, shape: tuple[int, ...], size: int, scale: float,
+                    ) -> tuple[_Parts, Frame]:
+    from manyform.ops.kernels import delta
+    from manyform.ops.kernels.lanes import flat
+    batch, length, heads, key = k.shape
+    n = shape[0] * batch * heads
+    x, keep = q.new_empty(n, 2 * size, key), log_decay.new_empty(n, key, 1)
+    y = k.new_empty(n, size if b is None else 2 * size, key)
+    rows = (q, a, k, k if b is None else b, log_decay)
+    delta.split(*map(flat, rows), np.array([t.stride()[:3] for t in rows]),
+                (batch, length, heads, key, size), scale, b is not None, flat(x), flat(y),
+                flat(keep))
+    pair = torch.ones(size, size, dtype=v.dtype, device=v.device).tril()
+    write = keep.view(*shape, 1, key).to(v.dtype)
+    frame = Frame(pair, None, None, None, None, write, keep, pair)
+    products = _mask(x @ y.mT, frame, shape)
+    return _Parts(x, y, x, _times(y, write, shape), products,
+                  _head_chunks(v, size).flatten(0, 2)), frame
+
+
+def _compiled_join(p: _Parts, dx: Tensor, dk: Tensor, dy_write: Tensor, kept: Tensor, k: Tensor,
+                   b: Tensor | None, log_decay: Tensor, size: int, scale: float,
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of q, k, a, b and the log decays."""
+    from manyform.ops.kernels import delta
+    from manyform.ops.kernels.lanes import flat
+    dq_, da_, dk_, db_ = (torch.empty_like(k, memory_format=torch.contiguous_format)
+                          for _ in range(4))
+    dg = torch.empty_like(log_decay, memory_format=torch.contiguous_format)
+    batch, length, heads, key = k.shape
+    delta.join(flat(p.x_mix), flat(p.y_mix), flat(dx), flat(dk), flat(dy_write),
+               flat(kept.contiguous()), flat(log_decay), np.array([log_decay.stride()[:3]]),
+               (batch, length, heads, key, size), scale, b is not None, flat(dq_), flat(da_),
+               flat(dk_), flat(db_), flat(dg))
+    return dq_, dk_, da_, None if b is None else db_, dg
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, log_decay: Tensor | None,
+           reset: Tensor | None, shape: tuple[int, ...], size: int, scale: float,
+           wide: torch.dtype) -> tuple[_Parts, Frame]:
+    if log_decay is not None and _compiled(log_decay, reset, q, k, a, b):
+        return _compiled_parts(q, k, v, a, b, log_decay, shape, size, scale)
+    frame = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
     x = q.new_empty(*shape, 2 * size, k.shape[-1])
     x[..., :size, :] = _head_chunks(a, size)
     torch.mul(_head_chunks(q, size), scale, out=x[..., size:, :])
@@ -194,8 +244,8 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, frame: 
     x, y = x.flatten(0, 2), y.flatten(0, 2)
     x_mix, y_mix = _times(x, frame.mix_x, shape), _times(y, frame.mix_y, shape)
     products = _mask(x_mix @ y_mix.mT, frame, shape)
-    return _Parts(x, y, x_mix, y_mix, _times(x_mix, frame.read, shape),
-                  _times(y_mix, frame.write, shape), products, _head_chunks(v, size).flatten(0, 2))
+    return _Parts(x_mix, y_mix, _times(x_mix, frame.read, shape), _times(y_mix, frame.write, shape),
+                  products, _head_chunks(v, size).flatten(0, 2)), frame
 
 
 def _transfer(parts: _Parts, solved: Tensor, frame: Frame, wide: torch.dtype) -> Tensor:
@@ -220,8 +270,7 @@ class _ChunkedDelta(torch.autograd.Function):
         n = -(-length // size)
         shape = (n, batch, heads)
         with torch.autocast(v.device.type, enabled=False):
-            frame = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
-            p = _parts(q, k, v, a, b, frame, shape, size, scale)
+            p, frame = _parts(q, k, v, a, b, log_decay, reset, shape, size, scale, wide)
             inverse = unit_inverse(p.products[:, :size, :size].to(wide)).to(v.dtype)
             right = p.v if b is None else p.products[:, :size, size:] @ p.v
             solved_v, solved_a = inverse @ right, inverse @ p.x_read[:, :size]
@@ -253,8 +302,7 @@ class _ChunkedDelta(torch.autograd.Function):
         n, batch, heads = shape
         length, key, value = v.shape[1], k.shape[-1], v.shape[-1]
         with torch.autocast(v.device.type, enabled=False):
-            frame = _frame(log_decay, reset, shape, size, v.dtype, wide, v.device)
-            p = _parts(q, k, v, a, b, frame, shape, size, scale)
+            p, frame = _parts(q, k, v, a, b, log_decay, reset, shape, size, scale, wide)
             # zy = [dL/d(T^-1 u); dy], the gradients of the two halves of x's results
             zy = v.new_empty(n * batch * heads, 2 * size, value)
             zy.view(*shape, 2 * size, value)[..., size:, :] = _head_chunks(dy.to(v.dtype), size)
@@ -283,6 +331,13 @@ class _ChunkedDelta(torch.autograd.Function):
             dx_read, dy_write = zy @ incoming.mT, uv @ outgoing.mT
             dx = torch.baddbmm(_times(dx_read, frame.read, shape), dproducts, p.y_mix)
             dk = torch.baddbmm(_times(dy_write, frame.write, shape), dproducts.mT, p.x_mix)
+            dstate = dstates[0].view(batch, heads, key, value)
+            dv = _join(dv.view(*shape, size, value), length)
+            if log_decay is not None and _compiled(log_decay, reset, q, k, a, b):
+                kept = (incoming.to(wide) * dstates[1:].reshape_as(incoming)).sum(-1)
+                dq, dk, da, db, dg = _compiled_join(p, dx, dk, dy_write, kept, k, b, log_decay,
+                                                    size, scale)
+                return dq, dk, dv, da, db, dg, dstate, None, None, None
             dg = None
             if log_decay is not None:
                 written = (p.y_write.to(wide) * dy_write).view(*shape, -1, size, key).sum(3)
@@ -299,9 +354,9 @@ class _ChunkedDelta(torch.autograd.Function):
             dx, dk = _times(dx, frame.mix_x, shape), _times(dk, frame.mix_y, shape)
             dx, dk = dx.view(*shape, 2, size, key), dk.view(*shape, -1, size, key)
             return (_join(dx[:, :, :, 1], length) * scale, _join(dk[:, :, :, -1], length),
-                    _join(dv.view(*shape, size, value), length), _join(dx[:, :, :, 0], length),
+                    dv, _join(dx[:, :, :, 0], length),
                     None if b is None else _join(dk[:, :, :, 0], length), dg,
-                    dstates[0].view(batch, heads, key, value), None, None, None)
+                    dstate, None, None, None)
 
 
 def _pair_sums(products: Tensor, dproducts: Tensor, shape: tuple[int, ...], size: int,

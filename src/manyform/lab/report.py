@@ -1,0 +1,478 @@
+"""The report: one HTML file that opens anywhere, without a network, and holds its own data.
+
+The words and tables are written here; the charts are drawn by report_assets/report.js from the
+figures embedded in the page, with the plotting library embedded beside them.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from manyform.errors import ManyformError
+from manyform.lab import findings, tables, words
+from manyform.lab.findings import finals, title
+from manyform.lab.statistics import compare_all
+from manyform.lab.tables import Table, summary_table
+from manyform.lab.tasks import write_atomically
+from manyform.lab.verdict import TOPICS, Verdict, verdict
+
+__all__ = ["page", "summary_table", "write_report"]
+
+# Eight hues that people with any kind of colour vision tell apart (after Okabe and Ito 2008),
+# each dark enough for white paper and light enough for the dark theme.
+PALETTE = (("#0a67a8", "#62b0ee"), ("#c24a00", "#ff9152"), ("#007d5e", "#35cfa2"),
+           ("#8d4bab", "#c79be8"), ("#94690a", "#e2b63f"), ("#c23a72", "#f58bb9"),
+           ("#2684b8", "#8fdcff"), ("#566270", "#aeb9c4"))
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "star")
+_STROKES = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 3"}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html beside the results.json of a run folder, finished or not.
+
+    Raises ManyformError where there is no results.json or it is damaged.
+    """
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ManyformError(f"{path} is missing: {folder} holds no results yet; "
+                            "`manyform compare --out DIR` writes them") from error
+    except ValueError as error:
+        raise ManyformError(f"{path} is damaged: {error}") from error
+    target = Path(folder) / "report.html"
+    write_atomically(target, page(results))
+    return target
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The whole page."""
+    found = verdict(results)
+    styles = _styles(results)
+    data = results.get("data") or {}
+    parts = {
+        "title": _esc(f"{data.get('name') or 'Comparison'} - manyform compare"),
+        "css": _asset("report.css"), "js": _asset("report.js"), "plotly": _plotly(),
+        "payload": _json(_payload(results, styles)), "question": _question(results),
+        "summary": _named(found.summary, results), "facts": _facts(results),
+        "partial": _partial(results), "verdict": _verdict(found, results),
+        "legend": _legend(results, styles), "results": _table(tables.main_table(results), results,
+                                                              styles, lead=True),
+        "more_tables": "".join(_table(t, results, styles) for t in (
+            tables.differences_table(results), tables.equal_table(results)) if t and t.rows),
+        "charts": _charts(results, styles),
+        "budget": _budget(results, styles), "setup": _setup(results, styles),
+        "failures": _failures(results), "footer": _footer(results)}
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], _asset("report.html"))
+
+
+# Words
+
+def _question(results: Mapping[str, Any]) -> str:
+    data = (results.get("data") or {}).get("name")
+    return f"Which architecture for {_esc(data)}?" if data else "Which architecture?"
+
+
+def _named(text: str, results: Mapping[str, Any]) -> str:
+    """Escaped text with the names of architectures set apart."""
+    names = sorted(results.get("archs") or {}, key=len, reverse=True)
+    if not names:
+        return _esc(text)
+    pattern = r"(?<![\w/.-])(" + "|".join(re.escape(n) for n in names) + r")(?![\w-])"
+    return "".join(f'<b class="arch">{_esc(part)}</b>' if i % 2 else _esc(part)
+                   for i, part in enumerate(re.split(pattern, text)))
+
+
+def _facts(results: Mapping[str, Any]) -> str:
+    plan, machine = results.get("plan") or {}, results.get("machine") or {}
+    archs = results.get("archs") or {}
+    params = next((a["target_params"] for a in archs.values() if a.get("target_params")), None)
+    facts = [("architectures", str(len(archs))),
+             ("parameters each", words.count(params)),
+             ("tokens each", words.count(plan.get("tokens"))
+              if plan.get("match", "params") == "params" else f"equal {plan.get('match')}"),
+             ("seeds", str(plan.get("seeds") or "")), ("budget", str(plan.get("budget") or "")),
+             ("machine", str(machine.get("name") or "")),
+             ("date", str(results.get("created") or "")[:10])]
+    return "".join(f"<div><dt>{_esc(k)}</dt><dd>{_esc(v)}</dd></div>" for k, v in facts if v)
+
+
+def _partial(results: Mapping[str, Any]) -> str:
+    if results.get("complete", False):
+        return ""
+    done = sum(len(r) for r in findings.runs(results).values())
+    archs, seeds = len(results.get("archs") or {}), (results.get("plan") or {}).get("seeds") or 1
+    return ('<p class="notice" role="status"><strong>Partial.</strong> This comparison has not '
+            f"finished: {done} of {archs * seeds} training runs are done. Everything below is "
+            "what is known so far.</p>")
+
+
+_STANDINGS = {"shown": ("shown", "an interval excludes the opposite"),
+              "tie": ("tie", "an interval contains zero"),
+              "measured": ("measured", "a cost, read beyond the noise of timings"),
+              "single": ("no interval", "measured once, or read part-way: not a claim")}
+
+
+def _verdict(found: Verdict, results: Mapping[str, Any]) -> str:
+    blocks: dict[str, list[str]] = {}
+    for claim in found.claims:
+        word, why = _STANDINGS[claim.standing]
+        blocks.setdefault(TOPICS[claim.topic], []).append(
+            f'<li><span class="tag {claim.standing}" title="{why}">{word}</span>'
+            f"<span>{_named(claim.text, results)}</span></li>")
+    out = "".join(f'<section class="topic"><h3>{name}</h3><ul class="claims">{"".join(items)}</ul>'
+                  "</section>" for name, items in blocks.items())
+    if found.pareto and len(found.pareto) > 1:
+        front = [p.arch for p in found.pareto if p.status == "front"]
+        items = "".join(f"<li>{_named(p.text, results)}</li>" for p in found.pareto
+                        if p.status != "front")
+        sentence = f"On the front over loss, training and decoding speed, state and peak memory: " \
+                   f"{words.words(front)}. Nothing here is as good on every axis."
+        out += (f'<section class="topic"><h3>Quality, speed and memory together</h3>'
+                f'<ul class="plain"><li>{_named(sentence, results)}</li>{items}</ul></section>')
+    if found.open_questions:
+        items = "".join(
+            f"<li>{_named(q.text, results)}" + (_command(q.command) if q.command else "") + "</li>"
+            for q in found.open_questions)
+        out += ('<section class="topic"><h3>Open, and what would decide it</h3>'
+                f'<ul class="plain">{items}</ul></section>')
+    return out or "<p>Nothing to say yet.</p>"
+
+
+def _failures(results: Mapping[str, Any]) -> str:
+    rows = [(n, a["error"]) for n, a in (results.get("archs") or {}).items() if a.get("error")]
+    rows += [(n, note) for n, a in (results.get("archs") or {}).items()
+             for note in a.get("notes") or [] if note != a.get("error")]
+    rows += [(n, f"seed {r.get('seed')}, step {e.get('step')}: {e.get('event')}")
+             for n, a in (results.get("archs") or {}).items() for r in a.get("runs") or []
+             for e in r.get("events") or []]
+    if not rows:
+        return ""
+    items = "".join(f'<li><b class="arch">{_esc(n)}</b> {_esc(text)}</li>' for n, text in rows)
+    return ('<section id="failures"><h2>Failures and events</h2>'
+            f'<ul class="plain">{items}</ul></section>')
+
+
+def _footer(results: Mapping[str, Any]) -> str:
+    return (f"manyform {_esc(results.get('manyform') or '')}, "
+            f"{_esc(str(results.get('updated') or results.get('created') or ''))}. "
+            "Figures: results.json, results.csv and curves.csv beside this file.")
+
+
+# Tables
+
+def _table(table: Table, results: Mapping[str, Any], styles: Mapping[str, Any], *,
+           lead: bool = False) -> str:
+    """A figure with the table, its note, its source and its CSV."""
+    return (f'<figure class="table" id="table-{table.key}"><figcaption><h3>{_esc(table.title)}'
+            f"</h3></figcaption>{_plain_table(table, styles, lead=lead)}"
+            + (f'<p class="note">{_esc(table.note)}</p>' if table.note else "")
+            + _source(table, results) + "</figure>")
+
+
+def _plain_table(table: Table, styles: Mapping[str, Any], *, lead: bool = False) -> str:
+    numeric = [all(isinstance(r[i].value, int | float | None) for r in table.rows)
+               for i in range(len(table.columns))]
+    head = "".join(
+        f'<th scope="col" class="{"n" if numeric[i] else ""}">'
+        + (f'<button type="button" data-sort="{i}">{_esc(c)}</button>' if lead else _esc(c))
+        + "</th>" for i, c in enumerate(table.columns))
+    body = ""
+    for row in table.rows:
+        name = row[0].text
+        known = table.by_arch and name in styles
+        cells = (f'<th scope="row">{_key(styles[name]) if known else ""}'
+                 f"<span>{_esc(name)}</span></th>")
+        for i, cell in enumerate(row[1:], 1):
+            raw = "" if cell.value is None else _esc(str(cell.value))
+            text = _esc(cell.text) or '<span class="none">–</span>'
+            mark = f"<strong>{text}</strong>" if cell.mark else text
+            cells += f'<td class="{"n" if numeric[i] else ""}" data-v="{raw}">{mark}</td>'
+        mine = f' data-arch="{_esc(name)}"' if known else ""
+        body += f"<tr{mine}>{cells}</tr>"
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{_esc(table.title)}">'
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+
+
+def _source(table: Table, results: Mapping[str, Any]) -> str:
+    """Where the figures come from: the command, the place in results.json and the data."""
+    packed = base64.b64encode(table.csv().encode()).decode()
+    command = str(results.get("command") or "")
+    return ('<div class="source">'
+            f'<a class="button" download="{table.key}.csv" '
+            f'href="data:text/csv;charset=utf-8;base64,{packed}">CSV</a>'
+            f"<details><summary>Source</summary><p>{_esc(table.source)}</p>"
+            f"{_command(command) if command else ''}</details></div>")
+
+
+def _command(text: str) -> str:
+    return (f'<span class="command"><code>{_esc(text)}</code>'
+            '<button type="button" class="copy" aria-label="Copy the command">copy</button></span>')
+
+
+# Charts
+
+_CHARTS = (
+    ("curves", "Loss while training", "Validation bits per byte, the mean over seeds with single "
+     "seeds faint. The horizontal axis is what you hold equal.", tables.curves_table, "wide", (
+         ("x", "tokens", "Tokens", True), ("x", "flops", "FLOPs", False),
+         ("x", "seconds", "Seconds", False), ("y", "val", "Validation", True),
+         ("y", "train", "Training", False), ("logx", "logx", "log x", True),
+         ("logy", "logy", "log y", False))),
+    ("pareto", "Quality against speed", "Lower and further right is better; the area of a circle "
+     "is memory. The dotted line is the front of these two axes, vertical bars are 95% intervals.",
+     tables.main_table, "wide", (
+         ("x", "train", "Training speed", True), ("x", "decode", "Decoding speed", False),
+         ("size", "state", "State", True), ("size", "peak", "Training memory", False),
+         ("logx", "logx", "log x", True))),
+    ("latency", "Decoding latency", "Milliseconds a token after each context, batch 1; bars are "
+     "quartiles.", tables.decode_table, "", (("logx", "logx", "log x", True),
+                                             ("logy", "logy", "log y", True))),
+    ("state", "State size", "Bytes kept for one sequence after each context.",
+     tables.decode_table, "", (("logx", "logx", "log x", True), ("logy", "logy", "log y", True))),
+    ("length", "Beyond the training length", "Bits per byte of the same text with more and more "
+     "of what came before it; no interval over seeds.", tables.length_table, "",
+     (("logx", "logx", "log x", True), ("logy", "logy", "log y", False))),
+    ("tuning", "Learning-rate search", "Bits per byte after each trial, the same allowance for "
+     "all; a ring marks the rate that was chosen.", tables.tuning_table, "",
+     (("logx", "logx", "log x", True), ("logy", "logy", "log y", False))),
+    ("probes", "Probes", "Accuracy on fresh examples with 95% intervals; the dashed line is "
+     "chance.", tables.probes_table, "wide", ()))
+
+
+def _charts(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
+    out = ""
+    for key, name, text, build, shape, switches in _CHARTS:
+        table = build(results)
+        has = table.rows and (key != "pareto" or finals(results))
+        if not has:
+            out += (f'<figure class="chart empty {shape}"><figcaption><h3>{name}</h3>'
+                    '<p class="note">Not measured yet.</p></figcaption></figure>')
+            continue
+        under = "" if table.csv_only or key == "pareto" else (
+            f"<details class='data'><summary>Data</summary>{_plain_table(table, styles)}</details>")
+        out += (f'<figure class="chart {shape}" id="figure-{key}"><figcaption><h3>{name}</h3>'
+                f'<p class="note">{_esc(text)}</p></figcaption>{_switches(key, switches)}'
+                f'<div class="plot" id="plot-{key}" role="img" '
+                f'aria-label="{_esc(f"Chart: {name}. {text} The data is in the CSV below.")}">'
+                f"</div>{under}{_source(table, results)}</figure>")
+    return out
+
+
+def _switches(chart: str, switches: Iterable[tuple[str, str, str, bool]]) -> str:
+    """Buttons of a chart: one of several (x, y, size) or on and off (logx, logy)."""
+    groups: dict[str, str] = {}
+    for group, value, label, on in switches:
+        kind = "log" if group.startswith("log") else group
+        groups[kind] = groups.get(kind, "") + (
+            f'<button type="button" data-chart="{chart}" data-group="{group}" data-value="{value}" '
+            f'aria-pressed="{str(on).lower()}">{label}</button>')
+    return '<div class="switches">' + "".join(
+        f'<div class="group" role="group">{b}</div>' for b in groups.values()) + "</div>" \
+        if groups else ""
+
+
+def _legend(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
+    """One legend for all charts: families, and in them architectures."""
+    families: dict[str, list[str]] = {}
+    for name in tables.order(results):
+        entry = results["archs"][name].get("entry") or {}
+        families.setdefault(entry.get("family") or "other", []).append(name)
+    out = ""
+    for family, names in families.items():
+        chips = "".join(f'<button type="button" class="chip" data-arch="{_esc(n)}" '
+                        f'aria-pressed="true">{_key(styles[n])}{_esc(n)}</button>' for n in names)
+        out += (f'<div class="family"><button type="button" class="name" '
+                f'data-family="{_esc(family)}" aria-pressed="true">{_esc(family)}</button>'
+                f"{chips}</div>")
+    return out
+
+
+def _styles(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Colour, dash and marker of each architecture, by the order in which they were given, so that
+    one added later leaves the others as they were."""
+    return {name: {"light": PALETTE[i % 8][0], "dark": PALETTE[i % 8][1],
+                   "dash": DASHES[(i + i // 8) % 5], "symbol": SYMBOLS[(i + i // 8) % 8]}
+            for i, name in enumerate(results.get("archs") or {})}
+
+
+def _key(style: Mapping[str, Any]) -> str:
+    """The line and marker of an architecture, as it is drawn in the charts."""
+    return (f'<svg class="key" viewBox="0 0 30 12" width="30" height="12" aria-hidden="true" '
+            f'style="--light:{style["light"]};--dark:{style["dark"]}"><path d="M1 6H29" '
+            f'stroke-width="2" stroke-dasharray="{_STROKES[style["dash"]]}"/>'
+            f'<path class="marker" d="{_MARKERS[style["symbol"]]}"/></svg>')
+
+
+_MARKERS = {
+    "circle": "M15 2a4 4 0 1 0 .01 0z", "square": "M11.5 2.5h7v7h-7z",
+    "diamond": "M15 1l5 5-5 5-5-5z", "triangle-up": "M15 1.5l4.6 8h-9.2z",
+    "triangle-down": "M15 10.5l4.6-8h-9.2z",
+    "cross": "M13.5 1.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
+    "x": "M11 3.5L12.8 2 15 4.2 17.2 2 19 3.5 16.6 6 19 8.5 17.2 10 15 7.8 12.8 10 11 8.5 13.4 6z",
+    "star": "M15 .8l1.5 3.4 3.7.4-2.8 2.5.8 3.7L15 8.9l-3.2 1.9.8-3.7-2.8-2.5 3.7-.4z"}
+
+
+def _payload(results: Mapping[str, Any], styles: Mapping[str, Any]) -> dict[str, Any]:
+    """What the charts are drawn from."""
+    archs = results.get("archs") or {}
+    values = finals(results)
+    comparison = compare_all(values)
+    per_byte = (results.get("data") or {}).get("bytes_per_token") or 1.0
+    out: dict[str, Any] = {}
+    for name in tables.order(results):
+        a = archs[name]
+        found = comparison.interval(name) if name in values else None
+        out[name] = {
+            **styles[name], "family": (a.get("entry") or {}).get("family") or "other",
+            "final": found and [found.mean, found.low, found.high],
+            "rate": a.get("tokens_per_second"), "peak": a.get("peak_memory_bytes"),
+            "runs": [_curve(r, per_byte) for r in a.get("runs") or []],
+            "mean": _mean_curve([_curve(r, per_byte) for r in a.get("runs") or []]),
+            "decode": [{k: r.get(k) for k in ("context", "ms_per_token", "ms_low", "ms_high",
+                                              "state_bytes")} for r in a.get("decode") or []],
+            "length": [{k: r.get(k) for k in ("factor", "length", "bpb")}
+                       for r in a.get("length") or []],
+            "tuning": [{k: t.get(k) for k in ("lr", "bpb", "seconds")}
+                       for t in a.get("tuning") or []], "lr": a.get("lr"),
+            "probes": {p: {k: r.get(k) for k in ("accuracy", "low", "high", "chance",
+                                                 "at_train_length")}
+                       for p, r in (a.get("probes") or {}).items()},
+            "seconds": a.get("seconds") or {}}
+    probes = sorted({p for a in archs.values() for p in a.get("probes") or {}})
+    return {"archs": out, "order": tables.order(results), "probes": {p: title(p) for p in probes},
+            "kinds": tables.KINDS}
+
+
+def _curve(run: Mapping[str, Any], per_byte: float) -> dict[str, list[Any]]:
+    """Columns of a curve; the training loss in bits per byte as well."""
+    points = run.get("curve") or []
+    bits = 1 / (math.log(2) * per_byte)
+    return {**{k: [p.get(k) for p in points] for k in ("tokens", "flops", "seconds")},
+            "val": [p.get("val_bpb") for p in points],
+            "train": [None if p.get("train_loss") is None else p["train_loss"] * bits
+                      for p in points]}
+
+
+def _mean_curve(runs: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Point by point over seeds, which look at the same steps."""
+    out: dict[str, list[Any]] = {}
+    for key in runs[0] if runs else ():
+        out[key] = []
+        for column in zip(*(r[key] for r in runs), strict=False):
+            kept = [v for v in column if v is not None]
+            out[key].append(statistics.fmean(kept) if len(kept) == len(column) else None)
+    return out
+
+
+# What it took
+
+def _budget(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
+    table = tables.budget_table(results)
+    plan = (results.get("plan") or {}).get("estimated_seconds") or {}
+    spent = {k: sum((a.get("seconds") or {}).get(k, 0.0)
+                    for a in (results.get("archs") or {}).values()) for k in tables.KINDS}
+    whole = sum(spent.values())
+    if not whole:
+        return ""
+    text = f"Measured: {words.clock(whole)}"
+    if plan.get("total"):
+        text += (f" after {words.clock(plan.get('calibration', 0.0))} of calibration; planned: "
+                 f"{words.clock(plan['total'])} in all")
+    text += f". The learning-rate search took {words.share(spent['tune'] / whole)} of it."
+    parts = ", ".join(f"{k} {words.clock(v)}" for k, v in plan.items() if k != "total")
+    return (f'<section id="budget"><h2>Plan and budget</h2><p>{_esc(text)}</p>'
+            + (f'<p class="note">Planned: {_esc(parts)}.</p>' if parts else "")
+            + '<figure class="chart wide" id="figure-budget"><figcaption><h3>What the time went to'
+              '</h3></figcaption><div class="plot" id="plot-budget" role="img" '
+              'aria-label="Chart: seconds by architecture and kind of work."></div>'
+              f"{_plain_table(table, styles)}<p class='note'>{_esc(table.note)}</p>"
+              f"{_source(table, results)}</figure></section>")
+
+
+def _setup(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
+    machine, data = results.get("machine") or {}, results.get("data") or {}
+    plan, settings = results.get("plan") or {}, results.get("settings") or {}
+    train, val = data.get("train") or {}, data.get("val") or {}
+    blocks = {
+        "Machine": {
+            "device": machine.get("device"), "processor": machine.get("name"),
+            "cores": machine.get("cores"), "threads": machine.get("threads"),
+            "memory": words.size(machine.get("memory_bytes")), "system": machine.get("system"),
+            "python": machine.get("python"), "torch": machine.get("torch"),
+            "matmul peak, bf16": _rate(machine.get("bf16_gflops")),
+            "matmul peak, fp32": _rate(machine.get("fp32_gflops")),
+            "memory measured by": next((a["memory_method"] for a in (results.get("archs") or
+                                        {}).values() if a.get("memory_method")), None)},
+        "Data": {
+            "name": data.get("name"), "tokenizer": data.get("tokenizer"),
+            "vocabulary": data.get("vocab_size"), "bytes per token": data.get("bytes_per_token"),
+            "training tokens": _full(data.get("train_tokens")),
+            "validation tokens": _full(data.get("val_tokens")),
+            "documents": f"{_full(train.get('documents'))} for training, "
+                         f"{_full(val.get('documents'))} for validation"
+                         if train.get("documents") else None,
+            "split": (data.get("split") or {}).get("by"),
+            "content hash": data.get("content_hash")},
+        "Plan": {
+            "budget": plan.get("budget"), "matched": plan.get("match"), "seeds": plan.get("seeds"),
+            "steps": _full(plan.get("steps")), "tokens a run": _full(plan.get("tokens")),
+            "training length": plan.get("length"), "rows a step": plan.get("batch_size"),
+            "learning rates": ", ".join(f"{x:g}" for x in plan.get("lr_candidates") or [])
+                              + " and one more where these point" if plan.get("lr_candidates")
+                              else None, "probe steps": plan.get("probe_steps")},
+        "Settings": {k: ", ".join(map(str, v)) if isinstance(v, list) else v
+                     for k, v in settings.items()}}
+    out = ""
+    for name, facts in blocks.items():
+        rows = "".join(f"<div><dt>{_esc(k)}</dt><dd>{_esc(str(v))}</dd></div>"
+                       for k, v in facts.items() if v not in (None, ""))
+        out += f'<section class="facts"><h3>{name}</h3><dl>{rows}</dl></section>' if rows else ""
+    more = "".join(_table(t, results, styles) for t in (
+        tables.sizes_table(results), tables.paths_table(results)) if t.rows)
+    command = str(results.get("command") or "")
+    return f'<div class="columns">{out}</div>{more}' + (
+        f"<h3>The command that repeats this</h3><p>{_command(command)}</p>" if command else "")
+
+
+def _rate(gflops: float | None) -> str | None:
+    return None if gflops is None else f"{gflops:,.0f} GFLOP/s"
+
+
+def _full(n: int | None) -> str | None:
+    return None if n is None else f"{n:,}"
+
+
+# Pieces
+
+def _esc(text: Any) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand in a script element."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _asset(name: str) -> str:
+    return (resources.files("manyform.lab") / "report_assets" / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+    return get_plotlyjs().replace("</script", "<\\/script")

@@ -1,0 +1,346 @@
+// Draws the charts of the page from the figures embedded in it. One legend serves all: what is
+// shown, the theme and the switches are the only state, and every chart is drawn from them anew.
+(function () {
+  "use strict";
+  const root = document.documentElement;
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const archs = figures.archs;
+  const names = figures.order;
+  const hidden = new Set();
+  const switches = {};
+  const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
+  const shown = () => names.filter((n) => !hidden.has(n));
+  // Plotly reads a little HTML in labels; names are text.
+  const text = (s) => String(s).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const dark = () => root.dataset.theme === "dark";
+  const color = (n) => (dark() ? archs[n].dark : archs[n].light);
+  const narrow = (div) => div.clientWidth < 520;
+  const has = (v) => v !== null && v !== undefined;
+  const fade = (hex, alpha) => {
+    const v = parseInt(hex.slice(1), 16);
+    return `rgba(${v >> 16},${(v >> 8) & 255},${v & 255},${alpha})`;
+  };
+
+  function bytes(n) {
+    for (const [unit, name] of [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) {
+      if (n >= unit) return `${+(n / unit).toPrecision(3)} ${name}`;
+    }
+    return `${n} B`;
+  }
+  const tokens = (n) => (n >= 1024 && n % 1024 === 0 ? `${n / 1024}k` : String(n));
+
+  function axis(title, more) {
+    return Object.assign({
+      title: { text: title, standoff: 8, font: { size: 12.5 } }, gridcolor: css("--line"),
+      linecolor: css("--line"), zeroline: false, ticks: "outside", tickcolor: css("--line"),
+      ticklen: 4, automargin: true,
+    }, more);
+  }
+  // A logarithmic axis whose range spans less than two decades needs ticks at 1, 2 and 5.
+  const log = (on) => (on ? { type: "log", dtick: null, minor: { showgrid: false } } : { type: "linear" });
+
+  function layout(div, more) {
+    const coarse = window.matchMedia("(pointer: coarse)").matches;
+    return Object.assign({
+      autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: css("--sans"), size: 12, color: css("--soft") },
+      margin: { l: 52, r: 14, t: 10, b: 44 }, showlegend: false, hovermode: "closest",
+      dragmode: coarse ? false : "zoom",
+      hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), align: "left",
+        font: { family: css("--sans"), size: 12.5, color: css("--ink") } },
+    }, more);
+  }
+  const config = { displaylogo: false, responsive: true, displayModeBar: "hover",
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+    toImageButtonOptions: { format: "svg" } };
+
+  function line(n, more) {
+    return Object.assign({ type: "scatter", mode: "lines+markers", name: text(n), meta: n,
+      line: { color: color(n), dash: archs[n].dash, width: 2.2 },
+      marker: { color: color(n), symbol: archs[n].symbol, size: 7.5 } }, more);
+  }
+
+  // What is equal on the horizontal axis of the loss curves is the reader's choice.
+  const draw = {};
+  draw.curves = (div, on) => {
+    const x = on.x;
+    const y = on.y;
+    const label = { tokens: "training tokens", flops: "training FLOPs", seconds: "training seconds" }[x];
+    const traces = [];
+    for (const n of shown()) {
+      const pick = (c) => {
+        const at = c[y].map((v, i) => i).filter((i) => has(c[y][i]) && has(c[x][i]));
+        return { x: at.map((i) => c[x][i]), y: at.map((i) => c[y][i]) };
+      };
+      if (!archs[n].runs.length) continue;
+      if (archs[n].runs.length > 1) {
+        for (const run of archs[n].runs) {
+          traces.push(line(n, { ...pick(run), mode: "lines", hoverinfo: "skip",
+            line: { color: fade(color(n), 0.3), width: 1 } }));
+        }
+      }
+      traces.push(line(n, { ...pick(archs[n].mean), mode: y === "val" ? "lines+markers" : "lines",
+        hovertemplate: `<b>${text(n)}</b><br>%{y:.3f} bits per byte<br>%{x:.3s} ${label.split(" ")[1]}<extra></extra>` }));
+    }
+    return [traces, layout(div, {
+      xaxis: axis(label, { ...log(on.logx), exponentformat: x === "flops" ? "e" : "SI" }),
+      yaxis: axis("bits per byte", log(on.logy)) })];
+  };
+
+  // The lower right boundary: nothing shown is both lower and further right.
+  function front(points) {
+    const sorted = [...points].sort((a, b) => b.x - a.x || a.y - b.y);
+    const kept = [];
+    for (const p of sorted) if (!kept.length || p.y < kept[kept.length - 1].y) kept.push(p);
+    return kept.reverse();
+  }
+  draw.pareto = (div, on) => {
+    const last = (n) => [...archs[n].decode].filter((r) => has(r.ms_per_token))
+      .sort((a, b) => b.context - a.context)[0];
+    const reach = Math.max(0, ...names.flatMap((n) => archs[n].decode.map((r) => r.context)));
+    const points = [];
+    for (const n of shown()) {
+      const a = archs[n];
+      const far = last(n);
+      if (!a.final) continue;
+      const at = far && far.context === reach ? far : null;
+      const x = on.x === "train" ? a.rate : at && 1000 / at.ms_per_token;
+      const size = on.size === "peak" ? a.peak : at && at.state_bytes;
+      if (has(x)) points.push({ n, x, y: a.final[0], size, low: a.final[1], high: a.final[2] });
+    }
+    const most = Math.max(1, ...points.map((p) => p.size || 0));
+    const small = narrow(div);
+    const traces = [{ type: "scatter", mode: "lines", x: front(points).map((p) => p.x),
+      y: front(points).map((p) => p.y), hoverinfo: "skip",
+      line: { color: css("--soft"), width: 1.2, dash: "dot" } }];
+    for (const p of points) {
+      const d = 10 + (small ? 34 : 52) * Math.sqrt((p.size || 0) / most);
+      traces.push({ type: "scatter", mode: "markers+text", name: text(p.n), meta: p.n, x: [p.x], y: [p.y],
+        text: [text(p.n)], textposition: "top center", cliponaxis: false,
+        textfont: { color: css("--ink"), size: small ? 11 : 12.5 },
+        marker: { color: fade(color(p.n), 0.28), size: d, line: { color: color(p.n), width: 1.8 } },
+        error_y: has(p.low) ? { type: "data", array: [p.high - p.y], arrayminus: [p.y - p.low],
+          color: color(p.n), thickness: 1.3, width: 4 } : undefined,
+        hovertemplate: `<b>${text(p.n)}</b><br>%{y:.3f} bits per byte<br>%{x:,.0f} tokens/s<br>`
+          + `${has(p.size) ? bytes(p.size) : "memory not measured"}<extra></extra>` });
+    }
+    const label = on.x === "train" ? "training tokens per second"
+      : `decoded tokens per second after ${tokens(reach)} of context`;
+    // Room for the labels: half a decade in all on a logarithmic axis.
+    const xs = points.map((p) => (on.logx ? Math.log10(p.x) : p.x));
+    const span = Math.max(...xs) - Math.min(...xs) || 1;
+    const range = xs.length ? [Math.min(...xs) - 0.17 * span, Math.max(...xs) + 0.17 * span] : undefined;
+    return [traces, layout(div, { margin: { l: 52, r: 14, t: 34, b: 44 },
+      xaxis: axis(label, { ...log(on.logx), range, exponentformat: "SI" }),
+      yaxis: axis("bits per byte", {}) })];
+  };
+
+  const contexts = () => [...new Set(names.flatMap((n) => archs[n].decode.map((r) => r.context)))].sort((a, b) => a - b);
+  function byContext(div, on, key, title, trace, more) {
+    const traces = shown().map((n) => {
+      const rows = archs[n].decode.filter((r) => has(r[key]));
+      return rows.length ? line(n, { x: rows.map((r) => r.context), y: rows.map((r) => r[key]), ...trace(n, rows) }) : null;
+    }).filter(Boolean);
+    return [traces, layout(div, {
+      xaxis: axis("context in tokens", { ...log(on.logx), tickvals: contexts(), ticktext: contexts().map(tokens) }),
+      yaxis: axis(title, { ...log(on.logy), ...more }) })];
+  }
+  draw.latency = (div, on) => byContext(div, on, "ms_per_token", "ms per token", (n, rows) => ({
+    error_y: { type: "data", array: rows.map((r) => (has(r.ms_high) ? r.ms_high - r.ms_per_token : 0)),
+      arrayminus: rows.map((r) => (has(r.ms_low) ? r.ms_per_token - r.ms_low : 0)), color: fade(color(n), 0.6), thickness: 1.2, width: 3 },
+    hovertemplate: `<b>${text(n)}</b><br>%{y:.3g} ms per token<br>after %{x:,} tokens<extra></extra>`,
+  }), on.logy ? {} : { rangemode: "tozero" });
+  draw.state = (div, on) => {
+    const all = shown().flatMap((n) => archs[n].decode.map((r) => r.state_bytes)).filter((v) => v > 0);
+    const ticks = [];
+    for (let v = 2 ** 8; v <= 2 ** 44; v *= 4) if (v >= Math.min(...all) / 4 && v <= Math.max(...all) * 4) ticks.push(v);
+    return byContext(div, on, "state_bytes", "state", (n, rows) => ({ text: rows.map((r) => bytes(r.state_bytes)),
+      hovertemplate: `<b>${text(n)}</b><br>%{text}<br>after %{x:,} tokens<extra></extra>` }),
+    on.logy ? { tickvals: ticks, ticktext: ticks.map(bytes) } : { exponentformat: "SI", rangemode: "tozero" });
+  };
+
+  draw.length = (div, on) => {
+    const factors = [...new Set(names.flatMap((n) => archs[n].length.map((r) => r.factor)))];
+    const traces = shown().map((n) => {
+      const rows = archs[n].length.filter((r) => has(r.bpb));
+      return rows.length ? line(n, { x: rows.map((r) => r.factor), y: rows.map((r) => r.bpb),
+        hovertemplate: `<b>${text(n)}</b><br>%{y:.3f} bits per byte<br>at %{x}x the training length<extra></extra>` }) : null;
+    }).filter(Boolean);
+    return [traces, layout(div, {
+      xaxis: axis("context, in training lengths", { ...log(on.logx), tickvals: factors, ticktext: factors.map((f) => `${f}x`) }),
+      yaxis: axis("bits per byte", log(on.logy)) })];
+  };
+
+  draw.tuning = (div, on) => {
+    const traces = [];
+    for (const n of shown()) {
+      const rows = archs[n].tuning.filter((t) => has(t.bpb));
+      if (!rows.length) continue;
+      traces.push(line(n, { x: rows.map((t) => t.lr), y: rows.map((t) => t.bpb),
+        customdata: rows.map((t) => (has(t.seconds) ? t.seconds.toFixed(1) : "?")),
+        hovertemplate: `<b>${text(n)}</b><br>%{y:.3f} bits per byte<br>learning rate %{x:.2g}<br>cost %{customdata} s<extra></extra>` }));
+      const best = rows.filter((t) => t.lr === archs[n].lr);
+      traces.push({ type: "scatter", mode: "markers", x: best.map((t) => t.lr), y: best.map((t) => t.bpb), hoverinfo: "skip",
+        meta: n, marker: { symbol: "circle-open", size: 16, color: color(n), line: { width: 2 } } });
+    }
+    const rates = [...new Set(names.flatMap((n) => archs[n].tuning.map((t) => t.lr)))].sort((a, b) => a - b);
+    const apart = rates.filter((r, i) => i === 0 || r / rates[i - 1] > 1.25);
+    return [traces, layout(div, { xaxis: axis("learning rate", { ...log(on.logx), tickvals: apart, ticktext: apart.map((r) => String(+r.toPrecision(2))) }),
+      yaxis: axis("bits per byte", log(on.logy)) })];
+  };
+
+  draw.probes = (div) => {
+    const kinds = Object.keys(figures.probes);
+    const listed = shown().filter((n) => kinds.some((k) => archs[n].probes[k])).reverse();
+    const stacked = narrow(div);
+    const traces = [];
+    const shapes = [];
+    const notes = [];
+    const more = { margin: { l: 10, r: 14, t: 26, b: 36 } };
+    const gap = stacked ? 0.22 : 0.06;
+    const part = (1 - gap * (kinds.length - 1)) / Math.max(1, kinds.length);
+    kinds.forEach((k, i) => {
+      const id = i ? i + 1 : "";
+      const from = i * (part + gap);
+      const domain = [from, Math.min(1, from + part)];
+      const down = [Math.max(0, 1 - domain[1]), 1 - domain[0]];
+      more[`xaxis${id}`] = axis("", { range: [-0.03, 1.03], tickformat: ".0%", anchor: `y${id}`, domain: stacked ? [0, 1] : domain });
+      more[`yaxis${id}`] = axis("", { anchor: `x${id}`, domain: stacked ? down : [0, 1], type: "category", categoryorder: "array",
+        categoryarray: listed.map(text), range: [-0.6, listed.length - 0.4], showticklabels: stacked || i === 0,
+        tickfont: { color: css("--ink"), size: 12 }, ticks: "" });
+      for (const n of listed) {
+        const r = archs[n].probes[k];
+        if (!r) continue;
+        traces.push({ type: "scatter", mode: "markers", x: [r.accuracy], y: [text(n)], xaxis: `x${id}`, yaxis: `y${id}`, meta: n,
+          marker: { color: color(n), symbol: archs[n].symbol, size: 10 }, cliponaxis: false,
+          error_x: { type: "data", array: [r.high - r.accuracy], arrayminus: [r.accuracy - r.low], color: color(n), thickness: 2, width: 5 },
+          hovertemplate: `<b>${text(n)}</b><br>%{x:.1%} right, ${(100 * r.low).toFixed(1)}% to ${(100 * r.high).toFixed(1)}%`
+            + `${has(r.at_train_length) ? `<br>${(100 * r.at_train_length).toFixed(1)}% at the training length` : ""}<extra></extra>` });
+      }
+      const any = names.map((n) => archs[n].probes[k]).find(Boolean);
+      shapes.push({ type: "line", xref: `x${id}`, yref: `y${id} domain`, x0: any.chance, x1: any.chance, y0: 0, y1: 1,
+        line: { color: css("--soft"), width: 1.4, dash: "dash" } });
+      notes.push({ xref: `x${id} domain`, yref: `y${id} domain`, x: 0, y: 1, xanchor: "left", yanchor: "bottom", showarrow: false,
+        text: `<b>${text(figures.probes[k])}</b>, chance ${(100 * any.chance).toFixed(0)}%`, font: { color: css("--ink"), size: 12.5 } });
+    });
+    const height = (26 * listed.length + 46) * (stacked ? kinds.length : 1) + 44;
+    return [traces, layout(div, { ...more, shapes, annotations: notes, height })];
+  };
+
+  draw.budget = (div) => {
+    const listed = shown().filter((n) => Object.keys(archs[n].seconds).length).reverse();
+    const tint = dark() ? ["#3b4654", "#e0b14a", "#5b8fc4", "#7d6aa8", "#5aa58f", "#9aa5b1"]
+      : ["#c3cad2", "#c98f1a", "#33689c", "#8673b3", "#4c9a82", "#8a94a0"];
+    const traces = Object.entries(figures.kinds).map(([kind, label], i) => ({
+      type: "bar", orientation: "h", name: label, y: listed.map(text), x: listed.map((n) => archs[n].seconds[kind] || 0),
+      marker: { color: tint[i] }, hovertemplate: `%{y}<br>${label}: %{x:.1f} s<extra></extra>` }));
+    return [traces, layout(div, { barmode: "stack", showlegend: true, height: 30 * listed.length + 120,
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal", itemclick: false, itemdoubleclick: false },
+      margin: { l: 10, r: 14, t: 10, b: 44 }, xaxis: axis("seconds", { exponentformat: "none" }),
+      yaxis: axis("", { ticks: "", tickfont: { color: css("--ink") } }) })];
+  };
+
+  function redraw(chart) {
+    const div = document.getElementById(`plot-${chart}`);
+    if (!div) return;
+    const [traces, shape] = draw[chart](div, switches[chart] || {});
+    Plotly.react(div, traces, shape, config);
+  }
+  const redrawAll = () => Object.keys(draw).forEach(redraw);
+
+  // Switches above a chart: one of several, or on and off.
+  each("[data-chart]", (button) => {
+    const { chart, group, value } = button.dataset;
+    const single = !group.startsWith("log");
+    const on = (switches[chart] = switches[chart] || {});
+    if (button.getAttribute("aria-pressed") === "true") on[group] = single ? value : true;
+    button.addEventListener("click", () => {
+      on[group] = single ? value : !on[group];
+      each(`[data-chart="${chart}"][data-group="${group}"]`, (b) =>
+        b.setAttribute("aria-pressed", String(single ? b.dataset.value === value : on[group])));
+      redraw(chart);
+    });
+  });
+
+  // The legend.
+  function legend() {
+    each(".chip", (b) => b.setAttribute("aria-pressed", String(!hidden.has(b.dataset.arch))));
+    each("[data-family]", (b) => b.setAttribute("aria-pressed", String(
+      names.some((n) => archs[n].family === b.dataset.family && !hidden.has(n)))));
+    each("tr[data-arch]", (row) => row.classList.toggle("off", hidden.has(row.dataset.arch)));
+    redrawAll();
+  }
+  each(".chip", (b) => b.addEventListener("click", () => {
+    if (!hidden.delete(b.dataset.arch)) hidden.add(b.dataset.arch);
+    legend();
+  }));
+  each("[data-family]", (b) => b.addEventListener("click", () => {
+    const members = names.filter((n) => archs[n].family === b.dataset.family);
+    const off = members.some((n) => !hidden.has(n));
+    members.forEach((n) => (off ? hidden.add(n) : hidden.delete(n)));
+    legend();
+  }));
+
+  // Tables sort by the column whose heading is pressed; empty cells stay last.
+  each("[data-sort]", (button) => button.addEventListener("click", () => {
+    const heading = button.parentElement;
+    const column = Number(button.dataset.sort);
+    const body = button.closest("table").tBodies[0];
+    const down = heading.getAttribute("aria-sort") === "ascending";
+    button.closest("tr").querySelectorAll("th").forEach((th) => th.removeAttribute("aria-sort"));
+    heading.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const value = (row) => (column ? row.cells[column].dataset.v : row.cells[0].textContent);
+    const compare = (a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (!x || !y) return x ? -1 : y ? 1 : 0;
+      const numbers = !Number.isNaN(Number(x)) && !Number.isNaN(Number(y));
+      return (numbers ? x - y : x.localeCompare(y)) * (down ? -1 : 1);
+    };
+    body.append(...[...body.rows].sort(compare));
+  }));
+
+  // Theme and print.
+  const button = document.getElementById("theme");
+  function theme(name) {
+    root.dataset.theme = name;
+    button.textContent = name === "dark" ? "light" : "dark";
+    redrawAll();
+  }
+  button.addEventListener("click", () => {
+    const next = dark() ? "light" : "dark";
+    try { localStorage.setItem("manyform-theme", next); } catch (error) { /* kept for this page only */ }
+    theme(next);
+  });
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (e) => theme(e.matches ? "dark" : "light"));
+  document.getElementById("print").addEventListener("click", () => window.print());
+  let before = null;
+  window.addEventListener("beforeprint", () => {
+    before = root.dataset.theme;
+    each(".plot", (div) => { div.style.width = "660px"; });
+    theme("light");
+  });
+  window.addEventListener("afterprint", () => {
+    each(".plot", (div) => { div.style.width = ""; });
+    theme(before || "light");
+  });
+
+  each(".copy", (b) => b.addEventListener("click", () => {
+    const code = b.previousElementSibling;
+    const done = () => { b.textContent = "copied"; setTimeout(() => { b.textContent = "copy"; }, 1500); };
+    const select = () => {
+      const range = document.createRange();
+      range.selectNodeContents(code);
+      getSelection().removeAllRanges();
+      getSelection().addRange(range);
+    };
+    if (navigator.clipboard) navigator.clipboard.writeText(code.textContent).then(done, select);
+    else select();
+  }));
+
+  theme(root.dataset.theme);
+  let width = window.innerWidth;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth !== width) { width = window.innerWidth; redrawAll(); }
+  });
+})();

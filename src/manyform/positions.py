@@ -81,23 +81,23 @@ class RotaryTable:
     wherever a sequence is cut.
     """
 
-    _tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+    _shared: dict[tuple[Any, ...], dict[torch.device, tuple[Tensor, Tensor]]] = {}
 
     def __init__(self, d: int, *, base: float = 10000.0,
                  scaling: Mapping[str, Any] | None = None) -> None:
         with torch.device("cpu"):  # values, not parameters: wanted also on the meta device
             self.frequencies, self.factor = rotary_frequencies(d, base, scaling)
-        self._key = (tuple(self.frequencies.tolist()), self.factor)
+        key = (tuple(self.frequencies.tolist()), self.factor)
+        self._tables = self._shared.setdefault(key, {})
 
     def rows(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, each (at least n, d/2) float32."""
-        key = (*self._key, device)
-        found = self._tables.get(key)
+        found = self._tables.get(device)
         if found is None or found[0].shape[0] < n:
             size = max(256, 1 << max(n - 1, 1).bit_length())
             with torch.inference_mode(False):  # a table made while sampling also serves training
                 found = self._compute(torch.arange(size, device=device))
-            self._tables[key] = found
+            self._tables[device] = found
         return found
 
     def turn(self, x: Tensor, positions: Tensor | None = None) -> Tensor:

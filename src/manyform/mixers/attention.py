@@ -103,16 +103,18 @@ class Attention(SequenceMixer):
         batch, length, _ = x.shape
         heads, groups, d = self.n_heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x).view(batch, length, heads + 2 * groups, d)
-        qk, v = qkv[:, :, :heads + groups], qkv[:, :, heads + groups:].transpose(1, 2)
+        qk, v = qkv.split([heads + groups, groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])], dim=2)
+            q, k = qk.split([heads, groups], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         old = 0 if state is None else state.keys.shape[2]
         start = _document_starts(state, old, length, reset)
         if self.table is not None:
             positions = None if start is None else (
                 torch.arange(old, old + length, device=x.device) - start)
             qk = self.table.turn(qk, positions)
-        q, k = qk[:, :, :heads].transpose(1, 2), qk[:, :, heads:].transpose(1, 2)
+        q, k = qk.split([heads, groups], dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         seen_k, seen_v, prefix = k, v, 0
         if state is not None:
             k, v = (append(cache.to(new.dtype), new, 2)

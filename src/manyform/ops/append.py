@@ -10,7 +10,7 @@ sees it change.
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ from torch import Tensor
 _lock = threading.Lock()
 
 
-class _Buffer(NamedTuple):
+class _Buffer:
     """What the storage of a growing cache carries: its full shape and how far it is written."""
 
-    shape: tuple[int, ...]
-    dim: int
-    mark: int
+    __slots__ = ("dim", "mark", "shape", "strides")
+
+    def __init__(self, shape: tuple[int, ...], dim: int, mark: int) -> None:
+        self.shape, self.dim, self.mark = shape, dim, mark
+        self.strides = _strides(shape)
 
 
 def append(cache: Tensor, new: Tensor, dim: int) -> Tensor:
@@ -45,7 +47,7 @@ def append(cache: Tensor, new: Tensor, dim: int) -> Tensor:
         storage, start = whole.untyped_storage(), 0
         storage.growing = _Buffer(tuple(shape), dim, total)
         whole.narrow(dim, 0, old).copy_(cache)
-        stride, offset = _strides(tuple(shape)), 0
+        stride, offset = storage.growing.strides, 0
     else:
         stride, offset = cache.stride(), int(cache.storage_offset())
         # .data: its own version counter, so that a graph which saved an earlier view is not told
@@ -67,16 +69,15 @@ def _claim(storage: Any, cache: Tensor, total: int, dim: int) -> int | None:
         return None
     shape = list(cache.shape)
     shape[dim] = buffer.shape[dim]
-    stride = _strides(buffer.shape)
+    stride = buffer.strides
     if tuple(shape) != buffer.shape or cache.stride() != stride or stride[dim] == 0:
         return None
     start, rest = divmod(int(cache.storage_offset()), stride[dim])
     end = start + cache.shape[dim]
     with _lock:
-        buffer = storage.growing
         if rest or end != buffer.mark or start + total > buffer.shape[dim]:
             return None
-        storage.growing = buffer._replace(mark=start + total)
+        buffer.mark = start + total
     return start
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyform.ops.kernels import usable
+from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
 
 _LOGITS_AT_ONCE = 1 << 23
@@ -62,6 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for i in range(0, n, step):
                 rows = h[i:i + step]
                 logits = rows @ w.T
+                threads()
                 kernel.loss_and_gradient(flat(logits), targets[i:i + step].numpy(), ignore_index,
                                          vocab, losses[i:i + step].numpy())
                 if dh is not None:

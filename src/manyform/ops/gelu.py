@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyform.ops.kernels import usable
+from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
 
 
@@ -31,6 +31,7 @@ class _GELU(torch.autograd.Function):
         from manyform.ops.kernels.lanes import flat
         x = x.contiguous()
         y = torch.empty_like(x)
+        threads()
         kernel.forward(flat(x), flat(y))
         ctx.save_for_backward(x)
         return y
@@ -41,5 +42,6 @@ class _GELU(torch.autograd.Function):
         from manyform.ops.kernels.lanes import flat
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
+        threads()
         kernel.backward(flat(g.contiguous()), flat(x), flat(dx))
         return dx

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyform.ops.kernels import usable
+from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
 
 
@@ -46,6 +46,7 @@ class _RMSNorm(torch.autograd.Function):
         x = x.contiguous()
         y = torch.empty_like(x, dtype=dtype)
         inverse = torch.empty(x.numel() // x.shape[-1])
+        threads()
         kernel.forward(flat(x), flat(weight), eps, flat(y), inverse.numpy())
         ctx.save_for_backward(x, weight, inverse)
         return y
@@ -56,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
         from manyform.ops.kernels.lanes import flat
         x, weight, inverse = ctx.saved_tensors
         dx = torch.empty_like(x)
-        partial = torch.empty(torch.get_num_threads(), weight.numel())
+        partial = torch.empty(threads(), weight.numel())
         kernel.backward(flat(g.contiguous()), flat(x), flat(weight), inverse.numpy(), flat(dx),
                         partial.numpy())
         return dx, partial.sum(0), None, None

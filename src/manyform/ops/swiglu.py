@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyform.ops.kernels import usable
+from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
 
 
@@ -40,6 +40,7 @@ class _SwiGLU(torch.autograd.Function):
         x = x.contiguous()
         h = x.shape[-1] // 2
         y = x.new_empty(*x.shape[:-1], h)
+        threads()
         kernel.forward(flat(x), flat(y), y.numel() // h, h)
         ctx.save_for_backward(x)
         return y
@@ -51,5 +52,6 @@ class _SwiGLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         h = x.shape[-1] // 2
+        threads()
         kernel.backward(flat(g.contiguous()), flat(x), flat(dx), g.numel() // h, h)
         return dx

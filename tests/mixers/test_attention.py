@@ -222,3 +222,12 @@ def test_save_and_load_of_a_state(tmp_path):
     _, s = layer(torch.randn(2, 5, 16))
     state.save(s, tmp_path / "s")
     assert state.equal(state.detach(s), state.load(tmp_path / "s", layer.initial_state(2)))
+
+
+def test_kv_groups_are_a_proportion():
+    assert Attention(128, head_dim=16, kv_groups=4).kv_heads == 2
+    assert Attention(32, head_dim=16, kv_groups=4).kv_heads == 1
+    with pytest.raises(ManyformError, match="kv_groups must divide n_heads=6"):
+        Attention(96, head_dim=16, kv_groups=4)
+    with pytest.raises(ManyformError, match="not both"):
+        Attention(96, kv_groups=2, kv_heads=1)

@@ -44,6 +44,8 @@ class Attention(SequenceMixer):
     n_heads: d_model // head_dim if None. head_dim: d_model // n_heads if n_heads is given, else the
       largest even divisor of d_model up to 64. kv_heads: n_heads if None; heads of keys and values,
       each shared by n_heads / kv_heads query heads (Ainslie 2023; 1 is multi-query, Shazeer 2019).
+      kv_groups says the same as a proportion that holds at every width: query heads per head of
+      keys and values (all share one where there are fewer).
     window: a query sees itself and the window - 1 tokens before it (Beltagy 2020); None is all.
     sinks: the first tokens of a document that stay visible beside the window (Xiao 2023).
     qk_norm: RMSNorm on every head's query and key (Henry 2020, Dehghani 2023).
@@ -58,7 +60,7 @@ class Attention(SequenceMixer):
     cost_growth = "quadratic"
 
     def __init__(self, d_model: int, *, place: Place = Place(), n_heads: int | None = None,
-                 head_dim: int | None = None, kv_heads: int | None = None,
+                 head_dim: int | None = None, kv_heads: int | None = None, kv_groups: int | None = None,
                  window: int | None = None, sinks: int = 0, qk_norm: bool = False,
                  position: str = "rotary", rope_base: float = 10000.0,
                  rope_scaling: Mapping[str, Any] | None = None, bias: bool = False) -> None:
@@ -77,6 +79,13 @@ class Attention(SequenceMixer):
             raise ManyformError(f"sinks={sinks} needs to be 0 or more, and a window beside which "
                                 "the first tokens stay visible; set window too")
         self.n_heads, self.head_dim = _heads(d_model, n_heads, head_dim)
+        if kv_heads is not None and kv_groups is not None:
+            raise ManyformError("give kv_heads or kv_groups, not both")
+        if kv_groups is not None:
+            if kv_groups < 1 or (self.n_heads > kv_groups and self.n_heads % kv_groups):
+                raise ManyformError(f"kv_groups must divide n_heads={self.n_heads}; {kv_groups} "
+                                    "does not")
+            kv_heads = max(1, self.n_heads // kv_groups)
         self.kv_heads = self.n_heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise ManyformError(f"kv_heads must divide n_heads={self.n_heads}; {kv_heads} does not")

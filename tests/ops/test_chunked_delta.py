@@ -177,3 +177,11 @@ def test_compiled_channel_decay(dtype, tolerance, shared, length, monkeypatch):
                   groups=3)
     assert chunked_delta._compiled(args[3], None)
     assert_close(run(args, "chunked_delta"), run(args, "reference"), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_compiled_mask(dtype, tolerance, shared, monkeypatch):
+    monkeypatch.setattr(chunked_delta, "SMALL", 0)
+    args = inputs("step", shared=shared, dtype=dtype, length=150, key=32, value=16)
+    assert_close(run(args, "chunked_delta"), run(args, "reference"), tolerance)

@@ -134,6 +134,9 @@ def _mask(products: Tensor, frame: Frame, shape: tuple[int, ...]) -> Tensor:
     if frame.pair.ndim == 2:
         full = torch.cat([frame.pair.tril(-1), frame.pair])
         return products.mul_(full.repeat(1, products.shape[-1] // size))
+    if _compiled_mask(products, frame):
+        _run_mask(products, None, frame)
+        return products
     view = products.view(*shape, 2 * size, -1, size)
     pair = frame.pair[..., :, None, :]
     view[..., size:, :, :] *= pair
@@ -142,6 +145,38 @@ def _mask(products: Tensor, frame: Frame, shape: tuple[int, ...]) -> Tensor:
     if frame.starts is not None:
         view[..., :size, :, :].masked_fill_(frame.starts[:, :, None, :, None, None], 0)
     return products
+
+
+def _compiled_mask(products: Tensor, frame: Frame) -> bool:
+    """True if a compiled loop can mask these: a decay for every head and chunk, no resets."""
+    size = frame.pair.shape[-1]
+    return (frame.starts is None and frame.pair.ndim == 5 and size % 16 == 0 and usable(products)
+            and products.dtype != torch.float64 and products.is_contiguous())
+
+
+def _run_mask(products: Tensor, factors: Tensor | None, frame: Frame) -> tuple[Tensor, Tensor]:
+    """Mask in place; the sums of products * factors over rows (N, 2C) and columns (N, C) before,
+    nothing in them without factors."""
+    from manyform.ops.kernels import delta
+    from manyform.ops.kernels.lanes import flat
+    size = frame.pair.shape[-1]
+    by_x = products.new_empty(len(products), 2 * size, dtype=torch.float32)
+    by_y = products.new_empty(len(products), size, dtype=torch.float32)
+    delta.mask(flat(products), flat(products if factors is None else factors), flat(frame.pair),
+               size, products.shape[2] // size, factors is not None, flat(by_x), flat(by_y))
+    return by_x, by_y
+
+
+def _dots(x: Tensor, y: Tensor, wide: torch.dtype) -> Tensor:
+    """Sums of x * y over the last dimension, in the wide dtype."""
+    if (usable(x) and wide == torch.float32 and x.shape[-1] % 16 == 0 and x.is_contiguous()
+            and y.is_contiguous()):
+        from manyform.ops.kernels import delta
+        from manyform.ops.kernels.lanes import flat
+        out = x.new_empty(x.shape[:-1], dtype=wide)
+        delta.dots(flat(x), flat(y), x.shape[-1], flat(out))
+        return out
+    return (x.to(wide) * y).sum(-1)
 
 
 def unit_inverse(lower: Tensor) -> Tensor:
@@ -326,29 +361,31 @@ class _ChunkedDelta(torch.autograd.Function):
                 dv = torch.baddbmm(p.y_write[:, size:] @ outgoing, p.products[:, :, size:].mT, zy)
             dproducts = zy @ uv.mT
             if log_decay is not None and log_decay.ndim == 3:
-                by_x, by_y = _pair_sums(p.products, dproducts, shape, size, wide)
-            _mask(dproducts, frame, shape)
+                by_x, by_y = _mask_and_sum(dproducts, p.products, frame, shape, wide)
+            else:
+                _mask(dproducts, frame, shape)
             dx_read, dy_write = zy @ incoming.mT, uv @ outgoing.mT
             dx = torch.baddbmm(_times(dx_read, frame.read, shape), dproducts, p.y_mix)
             dk = torch.baddbmm(_times(dy_write, frame.write, shape), dproducts.mT, p.x_mix)
             dstate = dstates[0].view(batch, heads, key, value)
             dv = _join(dv.view(*shape, size, value), length)
             if log_decay is not None and _compiled(log_decay, reset, q, k, a, b):
-                kept = (incoming.to(wide) * dstates[1:].reshape_as(incoming)).sum(-1)
+                kept = _dots(incoming, dstates[1:].reshape_as(incoming), wide)
                 dq, dk, da, db, dg = _compiled_join(p, dx, dk, dy_write, kept, k, b, log_decay,
                                                     size, scale)
                 return dq, dk, dv, da, db, dg, dstate, None, None, None
             dg = None
             if log_decay is not None:
-                written = (p.y_write.to(wide) * dy_write).view(*shape, -1, size, key).sum(3)
-                kept = (incoming.to(wide) * dstates[1:].reshape_as(incoming)).sum(-1)
+                kept = _dots(incoming, dstates[1:].reshape_as(incoming), wide)
                 if log_decay.ndim == 4:
+                    written = (p.y_write.to(wide) * dy_write).view(*shape, -1, size, key).sum(3)
                     by_x = (p.x_mix.to(wide) * dx).view(*shape, 2, size, key)
                     by_y = (p.y_mix.to(wide) * dk).view(*shape, -1, size, key).sum(3)
                 else:
-                    written, kept = written.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-                    by_x += (p.x_read.to(wide) * dx_read).sum(-1).view_as(by_x)
-                    by_y += written
+                    written = _dots(p.y_write, dy_write, wide).view(*shape, -1, size, 1).sum(3)
+                    kept = kept.sum(-1, keepdim=True)
+                    by_x = by_x + _dots(p.x_read, dx_read, wide).view_as(by_x)
+                    by_y = by_y + written
                 ends = written.sum(3) + (frame.keep[..., 0] * kept).view(*shape, -1)
                 dg = _decay_gradient(by_x, by_y, ends, frame, log_decay)
             dx, dk = _times(dx, frame.mix_x, shape), _times(dk, frame.mix_y, shape)
@@ -359,14 +396,19 @@ class _ChunkedDelta(torch.autograd.Function):
                     dstate, None, None, None)
 
 
-def _pair_sums(products: Tensor, dproducts: Tensor, shape: tuple[int, ...], size: int,
-               wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums of products * dproducts over rows and columns: gradients by a head's log decay totals.
+def _mask_and_sum(dproducts: Tensor, products: Tensor, frame: Frame, shape: tuple[int, ...],
+                  wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mask dproducts; sums of products * dproducts over rows and columns, gradients by totals.
 
     Both come from the same numbers: most of each total cancels in a difference of totals, which
     products rounded apart from one another would leave as noise.
     """
+    size = frame.pair.shape[-1]
+    if _compiled_mask(dproducts, frame):
+        by_x, by_y = _run_mask(dproducts, products, frame)
+        return by_x.view(*shape, 2, size, 1), by_y.view(*shape, size, 1)
     both = (dproducts.to(wide) * products).view(*shape, 2, size, -1, size)
+    _mask(dproducts, frame, shape)
     return both.sum((-1, -2))[..., None], both.sum((3, 4, 5))[..., None]
 
 

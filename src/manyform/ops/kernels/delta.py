@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from manyform.ops.kernels.lanes import FAST, WIDTH, exp2, load, splat, store
+from manyform.ops.kernels.lanes import FAST, WIDTH, exp2, load, splat, store, total
 
 _LOG2E = np.float32(1.4426950408889634)
 
@@ -99,3 +99,43 @@ def join(x, y, dx, dy, dwrite, kept, g, strides, dims, scale, two, dq, da, dk, d
                 sums = sums + load(x, at_x) * grad_a
                 store(da, to, grad_a * before)
                 store(dq, to, grad_q * now * splat(np.float32(scale)))
+
+
+@numba.njit(parallel=True, fastmath=FAST, cache=True)
+def dots(x, y, key, out):
+    """out[r] = sum of row r of x times row r of y, rows of `key` elements."""
+    for r in numba.prange(out.size):
+        sums = splat(np.float32(0))
+        for j in range(r * key, r * key + key, WIDTH):
+            sums = sums + load(x, j) * load(y, j)
+        out[r] = total(sums)
+
+
+@numba.njit(parallel=True, fastmath=FAST, cache=True)
+def mask(dx, x, pair, size, blocks, sums, by_x, by_y):
+    """dx *= pair in place, rows 0 .. C-1 by the row of pair before theirs (the first by zero), rows
+    C .. 2C-1 by their own; with `sums`, first by_x = row sums of dx x and by_y = column sums.
+
+    dx, x: (N, 2C, blocks C); pair: (N, C, C); by_x: (N, 2C); by_y: (N, C), over blocks; all flat.
+    """
+    width = blocks * size
+    for m in numba.prange(pair.size // (size * size)):
+        columns = np.zeros(size, np.float32)
+        for r in range(2 * size):
+            at = (2 * m * size + r) * width
+            factors = (m * size + (r - size if r >= size else max(r - 1, 0))) * size
+            row = splat(np.float32(0))
+            for block in range(blocks):
+                for j in range(0, size, WIDTH):
+                    v = load(dx, at + block * size + j)
+                    if sums:
+                        both = v * load(x, at + block * size + j)
+                        row = row + both
+                        store(columns, j, load(columns, j) + both)
+                    v = v * load(pair, factors + j) if r > 0 else splat(np.float32(0))
+                    store(dx, at + block * size + j, v)
+            if sums:
+                by_x[2 * m * size + r] = total(row)
+        if sums:
+            for j in range(size):
+                by_y[m * size + j] = columns[j]

@@ -46,10 +46,10 @@ def _columns(x, at, step, n, d, out):
     """Rows of x as the columns of B tiles: out[n / 16][d / 2][16], pairs of features."""
     for block in range(n // 16):
         for c in range(16):
-            row = (at + (block * 16 + c) * step) // 2
-            to = block * d * 8 + c
+            first = (at + (block * 16 + c) * step) // 2
+            row, to = x[first:first + d // 2], out[block * d * 8 + c:(block + 1) * d * 8]
             for r in range(d // 2):
-                out[to + r * 16] = x[row + r]
+                to[r * 16] = row[r]
 
 
 @numba.njit(cache=True)
@@ -59,10 +59,11 @@ def _pairs(x, at, step, n, d, out):
         for r in range(16):
             a = at + (block * 32 + 2 * r) * step
             for part in range(d // 16):
-                to = ((block * (d // 16) + part) * 16 + r) * 16
+                at_low, first = a + part * 16, ((block * (d // 16) + part) * 16 + r) * 16
+                low, high = x[at_low:at_low + 16], x[at_low + step:at_low + step + 16]
+                to = out[first:first + 16]
                 for c in range(16):
-                    low, high = x[a + part * 16 + c], x[a + step + part * 16 + c]
-                    out[to + c] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
+                    to[c] = np.uint32(low[c]) | (np.uint32(high[c]) << np.uint32(16))
 
 
 @numba.njit(cache=True)
@@ -70,17 +71,18 @@ def _turned(x, at, step, n, d, out):
     """Columns of x as the rows of A tiles: out[n / 32][d][32]."""
     for block in range(n // 32):
         for c in range(32):
-            row, to = at + (block * 32 + c) * step, block * d * 32 + c
+            first = at + (block * 32 + c) * step
+            row, to = x[first:first + d], out[block * d * 32 + c:(block + 1) * d * 32]
             for r in range(d):
-                out[to + r * 32] = x[row + r]
+                to[r * 32] = row[r]
 
 
 @numba.njit(cache=True)
 def _copy(x, at, step, n, d, out):
     for i in range(n):
-        row = at + i * step
+        row, to = x[at + i * step:at + i * step + d], out[i * d:(i + 1) * d]
         for j in range(d):
-            out[i * d + j] = x[row + j]
+            to[j] = row[j]
 
 
 @numba.njit(parallel=True, cache=True)
@@ -330,11 +332,11 @@ def backward(q, q_pairs, q_strides, k, k_strides, v, v_strides, dy, dy_pairs, dy
                         store_half(dk, at + c, load(dk_sum, j * d + c) * splat(shrink))
                         store_half(dv, at + c, load(dv_sum, j * d + c))
             for block in range(n // SIDE):
-                for r in range(d):  # turn back in place of k_rows, whose use is over
+                for r in range(d):  # turned back in dk_sum, whose use is over
+                    at = (block * d + r) * SIDE
+                    row, to = dq_turned[at:at + SIDE], dk_sum[r:SIDE * d]
                     for c in range(SIDE):
-                        slants[c] = dq_turned[(block * d + r) * SIDE + c]
-                    for c in range(SIDE):
-                        dk_sum[c * d + r] = slants[c] * shrink
+                        to[c * d] = row[c] * shrink
                 for c in range(SIDE):
                     at = ((b * n + block * SIDE + c) * heads + h) * d
                     for r in range(0, d, WIDTH):

@@ -105,7 +105,7 @@ def _frame(log_decay: Tensor | None, reset: Tensor | None, shape: tuple[int, ...
     if log_decay is not None:
         g = _chunks(log_decay, size)
         c = (cumulate @ g.flatten(3)).reshape(g.shape)
-        c = (c if c.ndim == 5 else c[..., None]).transpose(2, 3)
+        c = (c if c.ndim == 5 else c[..., None]).transpose(2, 3).contiguous()
         ends = c[..., -1:, :]
         kept = torch.cat([F.pad(c[..., :-1, :], (0, 0, 1, 0)), c], 3).exp_()
         keep = ends.exp() if keep is None else ends.exp() * keep
@@ -120,7 +120,7 @@ def _frame(log_decay: Tensor | None, reset: Tensor | None, shape: tuple[int, ...
             mix_x, mix_y = kept.to(dtype), (-c).exp_().to(dtype)
             write = ends.exp() if write is None else write * ends.exp()
         read, write = (None if x is None else x.to(dtype) for x in (read, write))
-    return Frame(pair.to(dtype), starts, mix_x, mix_y, read, write,
+    return Frame(pair.to(dtype).contiguous(), starts, mix_x, mix_y, read, write,
                  None if keep is None else keep.mT.flatten(0, 2), cumulate)
 
 

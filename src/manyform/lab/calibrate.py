@@ -46,7 +46,7 @@ def calibrate(size: Size, data: Any, shape: Shape, device: torch.device, precisi
     for probe in PROBES.values():
         small = probe_model(size.arch, probe, probe_options or {}, device)
         seconds = step_seconds(probe_trainer(small, probe, 100), most=0.2)
-        probe_step += seconds
+        probe_step += probe.share * seconds
         # Scoring is forward only (a third of a step), at longer sequences.
         batches_scored = TESTED / BATCH
         probe_fixed += seconds / 2 * batches_scored * (

@@ -191,8 +191,8 @@ def _candidates(arch: str, count: Count, target: int, depth: int, fixed: Mapping
     yield from widths(depth, *STEPS[:2])
     default = _expansion(arch, fixed)
     if default is not None and "expansion" not in fixed:
-        for multiple in (16, 4):
-            for d in around(depth, 16):
+        for step, multiple in ((16, 16), (16, 4), (8, 4)):
+            for d in around(depth, step):
                 extra = _solve_expansion(count, target, d, depth, default, multiple)
                 if extra and (found := size(d, depth, **extra)):
                     yield found

@@ -169,12 +169,13 @@ def probe_model(arch: str, probe: Probe, options: dict[str, Any], device: torch.
 def run_probe(arch: str, probe: Probe, steps: int, device: torch.device, *,
               options: dict[str, Any] | None = None, report: Report = lambda *a, **k: None,
               ) -> dict[str, Any]:
-    """Train a small model on the probe and score it on fresh examples.
+    """Train a small model on the probe, for its share of `steps`, and score it on fresh examples.
 
     -> {"accuracy", "low", "high" (95%), "chance", "n", "setting", "train_length", "test_length",
     "at_train_length" (accuracy there), "steps", "params", "seconds"}.
     """
     started = time.perf_counter()
+    steps = probe.steps(steps)
     model = probe_model(arch, probe, options or {}, device)
     trainer = probe_trainer(model, probe, steps)
     while not trainer.done:

@@ -21,8 +21,8 @@ TRIALS = 4  # learning rates tried for each: a grid of three, then one where the
 TUNE_SHARE = 0.1  # of a run's tokens, for each trial
 MIN_STEPS = 20
 CURVE_POINTS = 10
-PROBE_STEPS = (300, 2000)
-SHARES = {"probes": 0.2, "decode": 0.08}  # of a time budget, at most
+PROBE_STEPS = (100, 2000)
+PROBE_SHARE = 0.2  # of a time budget, at most, where that allows the least
 SAFETY = 0.92  # of the time left is planned; the rest absorbs noise
 
 _SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -69,7 +69,7 @@ class Timing:
 
     step: one training step; eval_batch: one validation batch; flops_per_token: training
     operations per token; decode, length: the whole of each task; probe_step: one step of each
-    probe, summed, with probe_fixed for their evaluation; memory: measuring peak memory.
+    probe, summed by its share of the steps; probe_fixed: scoring them; memory: measuring it.
     """
 
     step: float
@@ -265,7 +265,7 @@ def _probe_steps(budget: Budget, timings: Mapping[str, Timing]) -> int:
     per_step = sum(t.probe_step for t in timings.values())
     if per_step <= 0:
         return high
-    return int(min(high, max(low, SHARES["probes"] * budget.amount / per_step)) // 50 * 50)
+    return int(min(high, max(low, PROBE_SHARE * budget.amount / per_step)) // 50 * 50)
 
 
 def _quantum(budget: Budget, timings: Mapping[str, Timing], weights: Mapping[str, float],

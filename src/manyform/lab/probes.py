@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-D_MODEL, N_LAYERS, BATCH, TESTED = 64, 2, 64, 512
+D_MODEL, N_LAYERS, BATCH, TESTED = 64, 2, 32, 512
 LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
 class Probe:
     """sample(count, length, generator) -> (tokens, targets), both (count, length) int64, with
-    -100 where nothing is asked; `graded` picks the position scored in each row."""
+    -100 where nothing is asked. share: of the plan's probe steps that this one is trained for."""
 
     name: str
     vocab_size: int
@@ -30,9 +30,14 @@ class Probe:
     chance: float
     sample: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
     setting: str
+    share: float = 1.0
+
+    def steps(self, planned: int) -> int:
+        """Training steps, of the plan's number."""
+        return max(1, round(self.share * planned))
 
 
-def mqar(count: int, length: int, generator: torch.Generator, *, pairs: int = 8, symbols: int = 32,
+def mqar(count: int, length: int, generator: torch.Generator, *, pairs: int = 4, symbols: int = 16,
          ) -> tuple[Tensor, Tensor]:
     """Multi-query associative recall (Arora 2023, "Zoology", section 3).
 
@@ -60,10 +65,10 @@ def parity(count: int, length: int, generator: torch.Generator) -> tuple[Tensor,
 
 
 PROBES = {p.name: p for p in (
-    Probe("mqar", 65, 48, 48, 1 / 32, mqar,
-          "8 of 32 keys with values of 32, asked within 48 tokens"),
-    Probe("parity", 2, 24, 96, 1 / 2, parity,
-          "running parity of bits, trained at length 24, scored at the last bit of length 96"),
+    Probe("mqar", 33, 24, 24, 1 / 16, mqar,
+          "4 of 16 keys with values of 16, each asked once within 24 tokens"),
+    Probe("parity", 2, 16, 64, 1 / 2, parity,
+          "running parity of bits, trained at length 16, scored at the last bit of length 64", 0.3),
 )}
 
 

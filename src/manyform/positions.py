@@ -26,8 +26,9 @@ def rotary_frequencies(d: int, base: float = 10000.0,
       ntk     base * factor^(d / (d - 2)): the slowest pair is interpolated, the fastest kept
               (Peng 2023, "YaRN", definition 1)
       yarn    pairs that turn more than 32 times in `original_length` are kept, those that turn less
-              than once are interpolated, a ramp between (ibid., eq. 18); queries and keys times
-              0.1 ln(factor) + 1, the temperature of the attention (ibid., eq. 22)
+              than once are interpolated, a ramp between (ibid., eq. 18, but over the index of the
+              pair as in the released code and in every checkpoint, where the paper has it over the
+              turns); queries and keys times 0.1 ln(factor) + 1, the temperature (ibid., eq. 22)
     Raises ManyformError for an odd d or a scaling of another form.
     """
     if d < 2 or d % 2:
@@ -42,8 +43,12 @@ def rotary_frequencies(d: int, base: float = 10000.0,
     if kind == "linear":
         return theta / factor, 1.0
     if kind == "yarn":
-        turns = original * theta / (2 * math.pi)
-        kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        def pair(turns: float) -> float:
+            """The (fractional) index of the pair that turns so often in the trained length."""
+            return d * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base))
+        first, last = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), d - 1)
+        index = torch.arange(d // 2, dtype=torch.float64)
+        kept = 1 - ((index - first) / max(last - first, 1e-3)).clamp(0, 1)
         return kept * theta + (1 - kept) * theta / factor, 0.1 * math.log(factor) + 1
     return theta, 1.0
 

@@ -91,11 +91,15 @@ def ours_like_llama(**options):
 @pytest.mark.parametrize(("theirs", "ours"), [
     ({}, {}),
     ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
-], ids=["rotary", "position interpolation"])
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+     {"type": "yarn", "factor": 4.0, "original_length": 16}),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
+     {"type": "yarn", "factor": 4.0, "original_length": 2048}),
+], ids=["rotary", "position interpolation", "yarn from 16", "yarn from 2048"])
 def test_llama(theirs, ours):
     rope = {"rope_theta": 10000.0, "rope_type": "default", **theirs}
     config = hf.LlamaConfig(**LLAMA, rope_parameters=rope,
-                            max_position_embeddings=64 if theirs else 2048)
+                            max_position_embeddings=8192)
     oracle = randomised(hf.LlamaForCausalLM(config))
     model = ours_like_llama(**({"rope_scaling": ours} if ours else {}))
     agree(copy(model, oracle, llama_names()), oracle)

@@ -115,7 +115,8 @@ def test_gpt2():
     config = hf.GPT2Config(vocab_size=VOCAB, n_embd=D, n_layer=LAYERS, n_head=4, n_positions=64,
                            attn_implementation="eager")
     oracle = randomised(hf.GPT2LMHeadModel(config))
-    names = {"embedding.weight": "transformer.wte.weight", "positions.weight": "transformer.wpe.weight",
+    names = {"embedding.weight": "transformer.wte.weight",
+             "positions.weight": "transformer.wpe.weight",
              "final_norm.weight": "transformer.ln_f.weight",
              "final_norm.bias": "transformer.ln_f.bias"}
     for i in range(LAYERS):

@@ -16,6 +16,7 @@ from manyform import state as states
 from manyform.block import Block
 from manyform.errors import ManyformError
 from manyform.model import Model
+from manyform.training.allocator import keep_large_blocks
 from manyform.training.config import TrainConfig
 from manyform.training.guard import Guard
 from manyform.training.machine import resolve_precision
@@ -82,6 +83,8 @@ class Trainer:
         self.batches = batches
         self.config = config
         self.device = next(model.parameters()).device
+        if self.device.type == "cpu":
+            keep_large_blocks()
         self.precision = resolve_precision(config.precision, self.device)
         if config.tbptt:
             _refuse_tbptt(model)

@@ -266,9 +266,10 @@ class _Chunked(torch.autograd.Function):
             y = torch.bmm(_document(ql, f.first, groups), entering)
             y.baddbmm_(p, vr, beta=scale, alpha=scale)
             y = _times(_back(y, batch, groups, value), None if by_key else f.left)
-            y = past = y.to(v.dtype).reshape(v.shape)
+            y = past = y.to(compute).reshape(v.shape)
             if own is not None:
                 y = past + _own(own, v, scale)
+            y = y.to(v.dtype)
             last = states[:, -1].transpose(2, 3).reshape(state.shape)
         ctx.save_for_backward(ql, kr, vr, q0, k0, past if apart else None,
                               reset, states, *f)

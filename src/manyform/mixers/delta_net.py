@@ -73,7 +73,7 @@ class _DeltaRule(SequenceMixer):
         wide = qk if qk.dtype == torch.float64 else qk.float()
         length_of = torch.rsqrt(wide.square().sum(-1) + 1e-6)
         beta = torch.sigmoid(beta.to(wide.dtype)) * (2 if self.negative_eigenvalues else 1)
-        g, kept = None, 1.0
+        g, kept = None, torch.ones_like(beta)
         if self.A_log is not None:
             g = -self.A_log.exp() * F.softplus(alpha.to(wide.dtype) + self.dt_bias)
             kept = g.exp()

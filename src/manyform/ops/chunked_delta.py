@@ -234,9 +234,10 @@ def _compiled_parts(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None
     x, keep = q.new_empty(n, 2 * size, key), log_decay.new_empty(n, key, 1)
     y = k.new_empty(n, size if b is None else 2 * size, key)
     rows = (q, a, k, k if b is None else b, log_decay)
-    delta.split(*map(flat, rows), np.array([t.stride()[:3] for t in rows]),
-                (batch, length, heads, key, size), scale, b is not None, flat(x), flat(y),
-                flat(keep))
+    lines: Any = [flat(t) for t in rows]
+    loop: Any = delta.split
+    loop(*lines, np.array([t.stride()[:3] for t in rows]),
+         (batch, length, heads, key, size), scale, b is not None, flat(x), flat(y), flat(keep))
     pair = torch.ones(size, size, dtype=v.dtype, device=v.device).tril()
     write = keep.view(*shape, 1, key).to(v.dtype)
     frame = Frame(pair, None, None, None, None, write, keep, pair)
@@ -255,10 +256,11 @@ def _compiled_join(p: _Parts, dx: Tensor, dk: Tensor, dy_write: Tensor, kept: Te
                           for _ in range(4))
     dg = torch.empty_like(log_decay, memory_format=torch.contiguous_format)
     batch, length, heads, key = k.shape
-    delta.join(flat(p.x_mix), flat(p.y_mix), flat(dx), flat(dk), flat(dy_write),
-               flat(kept.contiguous()), flat(log_decay), np.array([log_decay.stride()[:3]]),
-               (batch, length, heads, key, size), scale, b is not None, flat(dq_), flat(da_),
-               flat(dk_), flat(db_), flat(dg))
+    lines: Any = [flat(t.contiguous()) for t in (p.x_mix, p.y_mix, dx, dk, dy_write, kept)]
+    loop: Any = delta.join
+    loop(*lines, flat(log_decay), np.array([log_decay.stride()[:3]]),
+         (batch, length, heads, key, size), scale, b is not None, flat(dq_), flat(da_), flat(dk_),
+         flat(db_), flat(dg))
     return dq_, dk_, da_, None if b is None else db_, dg
 
 
@@ -371,11 +373,12 @@ class _ChunkedDelta(torch.autograd.Function):
             dv = _join(dv.view(*shape, size, value), length)
             if log_decay is not None and _compiled(log_decay, reset, q, k, a, b):
                 kept = _dots(incoming, dstates[1:].reshape_as(incoming), wide)
-                dq, dk, da, db, dg = _compiled_join(p, dx, dk, dy_write, kept, k, b, log_decay,
-                                                    size, scale)
-                return dq, dk, dv, da, db, dg, dstate, None, None, None
-            dg = None
+                dq, dk, da, db, by_decay = _compiled_join(p, dx, dk, dy_write, kept, k, b,
+                                                          log_decay, size, scale)
+                return dq, dk, dv, da, db, by_decay, dstate, None, None, None
+            dg: Tensor | None = None
             if log_decay is not None:
+                assert frame.keep is not None
                 kept = _dots(incoming, dstates[1:].reshape_as(incoming), wide)
                 if log_decay.ndim == 4:
                     written = (p.y_write.to(wide) * dy_write).view(*shape, -1, size, key).sum(3)
@@ -462,7 +465,7 @@ def chunked_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = No
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     small = v.numel() * k.shape[-1] < SMALL
     dtype = torch.bfloat16 if v.dtype == torch.bfloat16 and not small else wide
-    g = None
+    g: Tensor | None = None
     if log_decay is not None:
         g = log_decay.to(wide)
         g = g.expand(batch, length, heads) if g.ndim == 1 else g

@@ -33,7 +33,7 @@ class Claim:
     text: str
     standing: str
     archs: tuple[str, ...] = ()
-    figures: dict[str, float | None] = field(default_factory=dict)
+    figures: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def runs(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -149,28 +149,26 @@ def _equal(found: curves.Reading, comparison: Comparison) -> Claim:
     head = f"At equal {curves.AXES[found.axis]} ({amount})"
     figures: dict[str, float | None] = {n: comparison.mean(n) for n in order}
     figures[found.axis] = found.amount
-    listed = ", ".join(f"{n} {bpb(comparison.mean(n))}" for n in order)
+    told = f"{bpb(comparison.mean(best))}; {order[1]} {bpb(comparison.mean(order[1]))}"
     early = [n for n in order if found.share[n] < 0.95]
     # A curve read before its learning rate has decayed is above what a run of that length would
     # reach, so a lead over such a curve proves nothing.
     doubtful = [n for n in early if n != best and found.share[n] < found.share[best] - 0.05]
     single = all(comparison.difference(best, n).low is None for n in order[1:])
     if single:
-        text, standing = f"{head}, one run each: {listed} bits per byte.", "single"
+        text, standing = f"{head}, one run each, {best} reads lowest ({told}).", "single"
     elif len(tied) > 1:
-        text = f"{head}, {words(tied)} are not told apart; the means are {listed}."
-        standing = "tie"
+        text, standing = f"{head}, {words(tied)} are not told apart.", "tie"
     elif doubtful:
-        text = f"{head}, {best} reads lowest; the means are {listed}."
-        standing = "single"
+        text, standing = f"{head}, {best} reads lowest ({told}).", "single"
     else:
-        text, standing = f"{head}, {best} is lowest; the means are {listed}.", "shown"
+        text, standing = f"{head}, {best} is lowest ({told}).", "shown"
     if early:
-        text += (f" {words(early)} {'is' if len(early) == 1 else 'are'} read part-way (at "
-                 f"{share(min(found.share[n] for n in early))} of the run"
-                 f"{'' if len(early) == 1 else ' or later'}), before the learning rate has "
-                 "decayed, which understates what a run of that length would reach"
-                 + (", so this is no claim." if standing == "single" and not single else "."))
+        text += (f" {words(early)} {'is' if len(early) == 1 else 'are'} read part-way (from "
+                 f"{share(min(found.share[n] for n in early))} of the run on), before the learning "
+                 "rate has decayed, which reads too high"
+                 + (", so this is no claim." if doubtful and not single and len(tied) == 1
+                    else "."))
     return Claim("equal", text, standing, tuple(order), figures)
 
 
@@ -299,7 +297,10 @@ def _latency(results: Mapping[str, Any], names: list[str], constant: list[str],
 
 def length(results: Mapping[str, Any]) -> list[Claim]:
     """What happens beyond the training length."""
-    kept, used, lost, cut = [], [], [], []
+    kept: list[tuple[str, str]] = []
+    used: list[tuple[str, str]] = []
+    lost: list[tuple[str, str]] = []
+    cut: list[tuple[str, str]] = []
     figures: dict[str, float | None] = {}
     far = 1
     for name, a in (results.get("archs") or {}).items():

@@ -28,11 +28,11 @@ from manyform.lab.verdict import TOPICS, Verdict, verdict
 
 __all__ = ["page", "summary_table", "write_report"]
 
-# Eight hues that people with any kind of colour vision tell apart (after Okabe and Ito 2008),
-# each dark enough for white paper and light enough for the dark theme.
-PALETTE = (("#0a67a8", "#62b0ee"), ("#c24a00", "#ff9152"), ("#007d5e", "#35cfa2"),
-           ("#8d4bab", "#c79be8"), ("#94690a", "#e2b63f"), ("#c23a72", "#f58bb9"),
-           ("#2684b8", "#8fdcff"), ("#566270", "#aeb9c4"))
+# Eight hues, for light and for dark: apart in lightness too, so that they stay apart under
+# simulated protanopia and deuteranopia (Machado 2009), and at 3.3 : 1 or more against the page.
+PALETTE = (("#276fe7", "#4a96fc"), ("#a03c0c", "#df8a40"), ("#03a05b", "#4ef398"),
+           ("#851f92", "#c07fc6"), ("#b2841d", "#e9da4b"), ("#7d2145", "#e97b9f"),
+           ("#3c90dc", "#21b9fd"), ("#7e8e98", "#e2d3de"))
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "star")
 _STROKES = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 3"}
@@ -81,7 +81,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 def _question(results: Mapping[str, Any]) -> str:
     data = (results.get("data") or {}).get("name")
-    return f"Which architecture for {_esc(data)}?" if data else "Which architecture?"
+    return f"Which architecture for “{_esc(data)}”?" if data else "Which architecture?"
 
 
 def _named(text: str, results: Mapping[str, Any]) -> str:

@@ -85,18 +85,17 @@ def main_table(results: Mapping[str, Any]) -> Table:
     shown = _contexts(results)
     probes = sorted({p for a in archs.values() for p in a.get("probes") or {}})
     far = shown[-1] if shown else None
-    columns = ["architecture", "year", "family", "params", "bits per byte", "training tokens/s",
+    columns = ["architecture", "bits per byte", "training tokens/s",
                *(f"decode ms at {context(c)}" for c in shown),
                *([f"state at {context(far)}"] if far else []), "peak training memory",
-               *(title(p) for p in probes)]
+               *(title(p) for p in probes), "params", "family", "year"]
     rows = []
     for name in order(results):
         a = archs[name]
         entry = a.get("entry") or {}
         params = a.get("params")
         rate = a.get("tokens_per_second")
-        row = [_name(name), Cell(entry.get("year"), str(entry.get("year") or "")),
-               Cell(entry.get("family"), entry.get("family") or ""), Cell(params, count(params)),
+        row = [_name(name),
                _loss(comparison, name, told and name in best, a.get("error")),
                Cell(rate, count(rate))]
         ms = findings.decode(results, name)
@@ -108,6 +107,8 @@ def main_table(results: Mapping[str, Any]) -> Table:
         for probe in probes:
             r = (a.get("probes") or {}).get(probe)
             row.append(Cell(r["accuracy"], share(r["accuracy"])) if r else Cell(None, ""))
+        row += [Cell(params, count(params)), Cell(entry.get("family"), entry.get("family") or ""),
+                Cell(entry.get("year"), str(entry.get("year") or ""))]
         rows.append(row)
     return Table("results", "Results", columns, rows, "results.json: archs",
                  _footnote(results, told))
@@ -303,7 +304,10 @@ def sizes_table(results: Mapping[str, Any]) -> Table:
 
 def paths_table(results: Mapping[str, Any]) -> Table:
     """The form that served each operation in a training step."""
-    rows = [[_name(n), Cell(op, op), Cell(path, path)] for n in order(results)
-            for op, path in (results["archs"][n].get("paths") or {}).items()]
-    return Table("paths", "Paths taken by each operation", ("architecture", "operation", "path"),
-                 rows, "results.json: archs.*.paths")
+    taken = {n: results["archs"][n].get("paths") or {} for n in order(results)}
+    ops = sorted({op for paths in taken.values() for op in paths})
+    rows = [[_name(n), *(Cell(paths.get(op), paths.get(op) or "") for op in ops)]
+            for n, paths in taken.items() if paths]
+    return Table("paths", "Paths taken by each operation", ("architecture", *ops), rows,
+                 "results.json: archs.*.paths", "The form that served each operation in a training "
+                 "step; its reference is the plain loop that all forms are tested against.")

@@ -37,26 +37,33 @@
       ticklen: 4, automargin: true,
     }, more);
   }
-  // A logarithmic axis whose range spans less than two decades needs ticks at 1, 2 and 5.
-  const log = (on) => (on ? { type: "log", dtick: null, minor: { showgrid: false } } : { type: "linear" });
+  // Labels at 1, 2 and 5 on a logarithmic axis of more than a decade, at round steps on a shorter.
+  function log(on, values, format, few) {
+    if (!on) return { type: "linear" };
+    const decades = Math.log10(Math.max(...values) / Math.min(...values)) || 0;
+    return { type: "log", tickformat: format, ...(decades > 0.8 ? { dtick: "D2" } : { nticks: few ? 4 : 8 }) };
+  }
 
   function layout(div, more) {
-    const coarse = window.matchMedia("(pointer: coarse)").matches;
     return Object.assign({
       autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: css("--sans"), size: 12, color: css("--soft") },
       margin: { l: 52, r: 14, t: 10, b: 44 }, showlegend: false, hovermode: "closest",
-      dragmode: coarse ? false : "zoom",
+      dragmode: touch() ? false : "zoom",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") },
       hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), align: "left",
         font: { family: css("--sans"), size: 12.5, color: css("--ink") } },
     }, more);
   }
-  const config = { displaylogo: false, responsive: true, displayModeBar: "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
-    toImageButtonOptions: { format: "svg" } };
+  const touch = () => window.matchMedia("(pointer: coarse)").matches || window.innerWidth < 520;
+  // The buttons are listed, and the address is empty, so that none of them uploads anything.
+  const config = () => ({ displayModeBar: touch() ? false : "hover",
+    displaylogo: false, responsive: true, plotlyServerURL: "",
+    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+    toImageButtonOptions: { format: "svg" } });
 
   function line(n, more) {
-    return Object.assign({ type: "scatter", mode: "lines+markers", name: text(n), meta: n,
+    return Object.assign({ type: "scatter", mode: "lines+markers", name: text(n), meta: n, cliponaxis: false,
       line: { color: color(n), dash: archs[n].dash, width: 2.2 },
       marker: { color: color(n), symbol: archs[n].symbol, size: 7.5 } }, more);
   }
@@ -83,9 +90,11 @@
       traces.push(line(n, { ...pick(archs[n].mean), mode: y === "val" ? "lines+markers" : "lines",
         hovertemplate: `<b>${text(n)}</b><br>%{y:.3f} bits per byte<br>%{x:.3s} ${label.split(" ")[1]}<extra></extra>` }));
     }
+    const xs = traces.flatMap((t) => t.x);
+    const ys = traces.flatMap((t) => t.y);
     return [traces, layout(div, {
-      xaxis: axis(label, { ...log(on.logx), exponentformat: x === "flops" ? "e" : "SI" }),
-      yaxis: axis("bits per byte", log(on.logy)) })];
+      xaxis: axis(label, { exponentformat: x === "flops" ? "e" : "SI", ...log(on.logx, xs, x === "flops" ? ".0e" : "~s") }),
+      yaxis: axis("bits per byte", log(on.logy, ys, "~g")) })];
   };
 
   // The lower right boundary: nothing shown is both lower and further right.
@@ -94,6 +103,36 @@
     const kept = [];
     for (const p of sorted) if (!kept.length || p.y < kept[kept.length - 1].y) kept.push(p);
     return kept.reverse();
+  }
+  // A label goes beside its circle where it covers no other circle and no label placed before.
+  function place(points, div, logarithmic, range, font) {
+    if (!points.length) return [];
+    const lows = points.map((p) => (has(p.low) ? p.low : p.y));
+    const highs = points.map((p) => (has(p.high) ? p.high : p.y));
+    const [width, height] = [div.clientWidth - 80, div.clientHeight - 54];
+    const tall = Math.max(...highs) - Math.min(...lows) || 1;
+    const spots = points.map((p) => ({ p, r: p.d / 2,
+      x: width * ((logarithmic ? Math.log10(p.x) : p.x) - range[0]) / (range[1] - range[0]),
+      y: height * (1 - (p.y - Math.min(...lows) + 0.05 * tall) / (1.1 * tall)) }));
+    const taken = spots.map((s) => [s.x - s.r, s.x + s.r, s.y - s.r, s.y + s.r]);
+    return spots.map((s) => {
+      const [w, h] = [s.p.n.length * font * 0.58, font * 1.3];
+      const choices = [[s.r + 5, 0, "left"], [-s.r - 5, 0, "right"], [s.r + 3, s.r + 8, "left"],
+        [s.r + 3, -s.r - 8, "left"], [-s.r - 3, s.r + 8, "right"], [-s.r - 3, -s.r - 8, "right"]];
+      const cost = ([dx, dy, anchor]) => {
+        const from = s.x + dx - (anchor === "right" ? w : 0);
+        const box = [from, from + w, s.y - dy - h / 2, s.y - dy + h / 2];
+        const outside = box[0] < 0 || box[1] > width ? 1000 : 0;
+        return [outside + taken.reduce((sum, t) => sum + Math.max(0, Math.min(box[1], t[1]) - Math.max(box[0], t[0]))
+          * Math.max(0, Math.min(box[3], t[3]) - Math.max(box[2], t[2])), 0), box];
+      };
+      const costs = choices.map(cost);
+      const best = costs.reduce((b, c, i) => (c[0] < costs[b][0] - 1 ? i : b), 0);
+      taken.push(costs[best][1]);
+      return { x: logarithmic ? Math.log10(s.p.x) : s.p.x, y: s.p.y, text: text(s.p.n), showarrow: false,
+        xanchor: choices[best][2], xshift: choices[best][0], yshift: choices[best][1],
+        font: { color: css("--ink"), size: font } };
+    });
   }
   draw.pareto = (div, on) => {
     const last = (n) => [...archs[n].decode].filter((r) => has(r.ms_per_token))
@@ -113,12 +152,11 @@
     const small = narrow(div);
     const traces = [{ type: "scatter", mode: "lines", x: front(points).map((p) => p.x),
       y: front(points).map((p) => p.y), hoverinfo: "skip",
-      line: { color: css("--soft"), width: 1.2, dash: "dot" } }];
+      line: { color: css("--soft"), width: 1.2, dash: "dot", shape: "vh" } }];
+
     for (const p of points) {
-      const d = 10 + (small ? 34 : 52) * Math.sqrt((p.size || 0) / most);
-      traces.push({ type: "scatter", mode: "markers+text", name: text(p.n), meta: p.n, x: [p.x], y: [p.y],
-        text: [text(p.n)], textposition: "top center", cliponaxis: false,
-        textfont: { color: css("--ink"), size: small ? 11 : 12.5 },
+      const d = p.d = 10 + (small ? 34 : 52) * Math.sqrt((p.size || 0) / most);
+      traces.push({ type: "scatter", mode: "markers", name: text(p.n), meta: p.n, x: [p.x], y: [p.y],
         marker: { color: fade(color(p.n), 0.28), size: d, line: { color: color(p.n), width: 1.8 } },
         error_y: has(p.low) ? { type: "data", array: [p.high - p.y], arrayminus: [p.y - p.low],
           color: color(p.n), thickness: 1.3, width: 4 } : undefined,
@@ -127,12 +165,13 @@
     }
     const label = on.x === "train" ? "training tokens per second"
       : `decoded tokens per second after ${tokens(reach)} of context`;
-    // Room for the labels: half a decade in all on a logarithmic axis.
+    // Room for circles and labels.
     const xs = points.map((p) => (on.logx ? Math.log10(p.x) : p.x));
     const span = Math.max(...xs) - Math.min(...xs) || 1;
-    const range = xs.length ? [Math.min(...xs) - 0.17 * span, Math.max(...xs) + 0.17 * span] : undefined;
-    return [traces, layout(div, { margin: { l: 52, r: 14, t: 34, b: 44 },
-      xaxis: axis(label, { ...log(on.logx), range, exponentformat: "SI" }),
+    const range = xs.length ? [Math.min(...xs) - (small ? 0.2 : 0.1) * span, Math.max(...xs) + 0.2 * span] : undefined;
+    const labels = place(points, div, on.logx, range, small ? 11 : 12.5);
+    return [traces, layout(div, { annotations: labels,
+      xaxis: axis(label, { exponentformat: "SI", ...log(on.logx, points.map((p) => p.x), "~s", small), range }),
       yaxis: axis("bits per byte", {}) })];
   };
 
@@ -143,8 +182,8 @@
       return rows.length ? line(n, { x: rows.map((r) => r.context), y: rows.map((r) => r[key]), ...trace(n, rows) }) : null;
     }).filter(Boolean);
     return [traces, layout(div, {
-      xaxis: axis("context in tokens", { ...log(on.logx), tickvals: contexts(), ticktext: contexts().map(tokens) }),
-      yaxis: axis(title, { ...log(on.logy), ...more }) })];
+      xaxis: axis("context in tokens", { ...log(on.logx, contexts()), tickvals: contexts(), ticktext: contexts().map(tokens) }),
+      yaxis: axis(title, { ...log(on.logy, traces.flatMap((t) => t.y), "~g"), ...more }) })];
   }
   draw.latency = (div, on) => byContext(div, on, "ms_per_token", "ms per token", (n, rows) => ({
     error_y: { type: "data", array: rows.map((r) => (has(r.ms_high) ? r.ms_high - r.ms_per_token : 0)),
@@ -168,8 +207,8 @@
         hovertemplate: `<b>${text(n)}</b><br>%{y:.3f} bits per byte<br>at %{x}x the training length<extra></extra>` }) : null;
     }).filter(Boolean);
     return [traces, layout(div, {
-      xaxis: axis("context, in training lengths", { ...log(on.logx), tickvals: factors, ticktext: factors.map((f) => `${f}x`) }),
-      yaxis: axis("bits per byte", log(on.logy)) })];
+      xaxis: axis("context, in training lengths", { ...log(on.logx, factors), tickvals: factors, ticktext: factors.map((f) => `${f}x`) }),
+      yaxis: axis("bits per byte", log(on.logy, traces.flatMap((t) => t.y), "~g")) })];
   };
 
   draw.tuning = (div, on) => {
@@ -186,8 +225,8 @@
     }
     const rates = [...new Set(names.flatMap((n) => archs[n].tuning.map((t) => t.lr)))].sort((a, b) => a - b);
     const apart = rates.filter((r, i) => i === 0 || r / rates[i - 1] > 1.25);
-    return [traces, layout(div, { xaxis: axis("learning rate", { ...log(on.logx), tickvals: apart, ticktext: apart.map((r) => String(+r.toPrecision(2))) }),
-      yaxis: axis("bits per byte", log(on.logy)) })];
+    return [traces, layout(div, { xaxis: axis("learning rate", { ...log(on.logx, rates), tickvals: apart, ticktext: apart.map((r) => String(+r.toPrecision(2))) }),
+      yaxis: axis("bits per byte", log(on.logy, traces.flatMap((t) => t.y), "~g")) })];
   };
 
   draw.probes = (div) => {
@@ -221,7 +260,7 @@
       const any = names.map((n) => archs[n].probes[k]).find(Boolean);
       shapes.push({ type: "line", xref: `x${id}`, yref: `y${id} domain`, x0: any.chance, x1: any.chance, y0: 0, y1: 1,
         line: { color: css("--soft"), width: 1.4, dash: "dash" } });
-      notes.push({ xref: `x${id} domain`, yref: `y${id} domain`, x: 0, y: 1, xanchor: "left", yanchor: "bottom", showarrow: false,
+      notes.push({ xref: `x${id} domain`, yref: `y${id} domain`, x: stacked ? 1 : 0, y: 1, xanchor: stacked ? "right" : "left", yanchor: "bottom", showarrow: false,
         text: `<b>${text(figures.probes[k])}</b>, chance ${(100 * any.chance).toFixed(0)}%`, font: { color: css("--ink"), size: 12.5 } });
     });
     const height = (26 * listed.length + 46) * (stacked ? kinds.length : 1) + 44;
@@ -245,7 +284,7 @@
     const div = document.getElementById(`plot-${chart}`);
     if (!div) return;
     const [traces, shape] = draw[chart](div, switches[chart] || {});
-    Plotly.react(div, traces, shape, config);
+    Plotly.react(div, traces, shape, config());
   }
   const redrawAll = () => Object.keys(draw).forEach(redraw);
 
@@ -317,11 +356,14 @@
   let before = null;
   window.addEventListener("beforeprint", () => {
     before = root.dataset.theme;
-    each(".plot", (div) => { div.style.width = "660px"; });
+    each(".plot", (div) => {  // paper is narrower than most screens, and the charts keep their size
+      div.style.width = "660px";
+      if (!/probes|budget/.test(div.id)) div.style.height = "320px";
+    });
     theme("light");
   });
   window.addEventListener("afterprint", () => {
-    each(".plot", (div) => { div.style.width = ""; });
+    each(".plot", (div) => { div.style.width = div.style.height = ""; });
     theme(before || "light");
   });
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manyform.errors import unknown
+from manyform.ops.layer_norm import layer_norm
 from manyform.ops.rms_norm import rms_norm
 
 
@@ -25,11 +26,11 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation (Ba 2016), computed in the precision of its weights."""
+    """Layer normalisation (Ba 2016) with a learned scale and shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) -> (..., d)."""
-        return super().forward(x.to(self.weight.dtype)).to(_compute_dtype(x))
+        return layer_norm(x, self.weight, self.bias, self.eps, _compute_dtype(x))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
@@ -23,6 +24,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | 
     wide = x if x.dtype == torch.float64 else x.float()
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
     return y.to(dtype or x.dtype)
+
+
+@rms_norm.path("torch", when=lambda x, weight, eps=1e-6, dtype=None:
+               x.dtype == weight.dtype == (dtype or x.dtype))
+def _torch(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None,
+           ) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def _compiled(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None,

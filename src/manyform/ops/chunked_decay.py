@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from manyform.ops.kernels import single, usable
 from manyform.ops.matrix_recurrence import matrix_recurrence
 
 CHUNK = 64
@@ -83,7 +84,11 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, er
         q, k = _per_head(q, heads), _per_head(k, heads)
     if state is None:
         state = torch.zeros(batch, heads, k.shape[-1], value, dtype=wide, device=v.device)
-    y, last = _Chunked.apply(q, k, v, g, state.to(wide), reset, scale, size, form, compute)
+    compiled = (v.numel() >= SMALL and usable(q, k, v, g, state) and single(q, k, v, g)
+                and all(x.stride(3) == 1 for x in (q, k, v))
+                and (g is None or g.ndim == 3 or (g.stride(3) == 1 and g.shape[3] % 16 == 0)))
+    y, last = _Chunked.apply(q, k, v, g, state.to(wide), reset, scale, size, form, compute,
+                             compiled)
     return (y[:, :length] if pad else y), last
 
 
@@ -111,6 +116,12 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, erase
     if scale != 1.0:
         y = y * scale
     return y.to(v.dtype)[:, None], s
+
+
+def _loops() -> Any:
+    """The compiled passes; imported when first needed."""
+    from manyform.ops.kernels import decay_passes
+    return decay_passes
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
@@ -151,7 +162,7 @@ class _Factors(NamedTuple):
 
 
 def _factors(g: Tensor | None, reset: Tensor | None, size: int, form: str, groups: int,
-             ) -> _Factors:
+             compiled: bool) -> _Factors:
     f = _Factors()
     if reset is not None:
         document = reset.unflatten(1, (-1, size)).cumsum(2)
@@ -162,6 +173,11 @@ def _factors(g: Tensor | None, reset: Tensor | None, size: int, form: str, group
     if g is None:
         return f
     g = g.unflatten(1, (-1, size))
+    if compiled and g.ndim == 5 and form == "factored":
+        left, right, b = _loops().factors(g)
+        half, keep = (b / 2).exp()[..., None, None], b.exp()[..., None, None]
+        return f._replace(left=left, right=right, enter=half, leave=half,
+                          keep=keep if f.keep is None else keep * f.keep)
     # over a wide range float32 would keep too few digits of the differences
     c = _running(g if form == "factored" else g.double())
     b = c[:, :, -1]
@@ -188,12 +204,33 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _rows(x: Tensor, factor: Tensor | None, groups: int, size: int, dtype: torch.dtype) -> Tensor:
-    """x: (B, T, H, D) times factor (B, N, C, H, D or 1) -> contiguous (B N G, C, H/G D)."""
+def _rows(x: Tensor, factor: Tensor | None, groups: int, size: int, dtype: torch.dtype,
+          compiled: bool, scale: float = 1.0) -> Tensor:
+    """scale * x (B, T, H, D) * factor (B, N, C, H, D or 1) -> contiguous (B N G, C, H/G D)."""
+    if compiled:
+        return _loops().gather(x, factor, groups, size, dtype, scale)
+    x = x if scale == 1.0 else x * scale
     x = _times(x.unflatten(1, (-1, size)), factor)
     x = x.unflatten(3, (groups, -1)).permute(0, 1, 3, 2, 4, 5)
     out = torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
     return out.view(-1, size, x.shape[4] * x.shape[5])
+
+
+def _natural(rows: Tensor, factor: Tensor | None, groups: int, width: int, like: Tensor,
+             dtype: torch.dtype, compiled: bool, own: Tensor | None = None) -> Tensor:
+    """The inverse: rows * factor, as (B, T, H, D), D being `width`; plus own (B N G, C, 1) * like.
+
+    like: (B, T, H, D) or, without `own`, any tensor of that B and T.
+    """
+    batch, length = like.shape[:2]
+    if compiled:
+        return _loops().scatter(rows, factor, groups, width, like, dtype, own)
+    y = _times(_back(rows, batch, groups, width), factor).flatten(1, 2)
+    if own is not None:
+        own = own.view(batch, -1, groups, rows.shape[1]).transpose(2, 3)
+        own = own.reshape(batch, length, groups, 1, 1)
+        y = y + (like.unflatten(2, (groups, -1)) * own).flatten(2, 3)
+    return y.to(dtype)
 
 
 def _back(x: Tensor, batch: int, groups: int, width: int) -> Tensor:
@@ -220,21 +257,42 @@ def _causal(p: Tensor, same: Tensor | None, groups: int) -> Tensor:
     return p
 
 
-def _carry(first: Tensor, keep: Tensor | None, add: Tensor, *, backward: bool = False) -> Tensor:
-    """S_{n+1} = keep_n S_n + add_n over dim 1 of add, or from the last to the first.
+def _carry(start: Tensor, add: Tensor, f: _Factors, compiled: bool) -> tuple[Tensor, Tensor]:
+    """S_{n+1} = keep_n S_n + leave_n add_n, from chunk to chunk.
 
-    first: (B, ...), add: (B, N, ...) -> (B, N + 1, ...), `first` included at its end.
+    start: (B, G, K, H/G, V), wide; add: (B, N, G, K, H/G, V). Returns enter_n S_n in the dtype of
+    add, as factors of the outputs (B N G, K, H/G V), and the last S.
     """
-    count = add.shape[1]
-    out = add.new_empty(add.shape[0], count + 1, *add.shape[2:])
-    out[:, count if backward else 0] = first
-    for n in reversed(range(count)) if backward else range(count):
-        before, after = (n + 1, n) if backward else (n, n + 1)
-        if keep is None:
-            torch.add(out[:, before], add[:, n], out=out[:, after])
-        else:
-            torch.addcmul(add[:, n], keep[:, n], out[:, before], out=out[:, after])
-    return out
+    if compiled:
+        entering, s = _loops().carry(start, add, f.keep, f.enter, f.leave)
+    else:
+        entering, s, leaving = torch.empty_like(add), start, _times(add.to(start.dtype), f.leave)
+        for n in range(add.shape[1]):
+            entering[:, n] = s if f.enter is None else s * f.enter[:, n]
+            s = leaving[:, n] + s if f.keep is None else torch.addcmul(leaving[:, n], f.keep[:, n],
+                                                                       s)
+    return entering.flatten(0, 2).flatten(2), s
+
+
+def _carry_back(end: Tensor, add: Tensor, f: _Factors, entering: Tensor, last: Tensor,
+                compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dS_n = keep_n dS_{n+1} + enter_n add_n, from the last chunk to the first.
+
+    end, last: wide; add: (B, N, G, K, H/G, V). Returns leave_n dS_{n+1} (B N G, K, H/G V), dS_0,
+    and the gradient of each chunk's whole decay, sum of S_{n+1} dS_{n+1}: (B, N, G, K, H/G).
+    """
+    if compiled:
+        leaving, s, db = _loops().carry_back(end, add, f.keep, f.enter, f.leave, entering, last)
+        return leaving.flatten(0, 2).flatten(2), s, db
+    leaving, s, coming = torch.empty_like(add), end, _times(add.to(end.dtype), f.enter)
+    after = entering.view(add.shape)[:, 1:].to(end.dtype)
+    after = after if f.enter is None else after / f.enter[:, 1:]
+    db = end.new_empty(add.shape[:-1])
+    for n in reversed(range(add.shape[1])):
+        db[:, n] = (s * (last if n == add.shape[1] - 1 else after[:, n])).sum(-1)
+        leaving[:, n] = s if f.leave is None else s * f.leave[:, n]
+        s = coming[:, n] + s if f.keep is None else torch.addcmul(coming[:, n], f.keep[:, n], s)
+    return leaving.flatten(0, 2).flatten(2), s, db
 
 
 class _Chunked(torch.autograd.Function):
@@ -243,103 +301,111 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor,
                 reset: Tensor | None, scale: float, size: int, form: str, compute: torch.dtype,
-                ) -> tuple[Tensor, Tensor]:
+                compiled: bool) -> tuple[Tensor, Tensor]:
         with torch.autocast(v.device.type, enabled=False):
             batch, length, heads, value = v.shape
             groups = q.shape[2]
             shape = (batch, length // size, groups, q.shape[3], heads // groups, value)
-            f = _factors(g, reset, size, form, groups)
+            f = _factors(g, reset, size, form, groups, compiled)
             by_key = g is not None and (g.ndim == 4 or form != "factored")
-            ql = _rows(q, f.left if by_key else None, groups, size, compute)
-            kr = _rows(k, f.right if by_key else None, groups, size, compute)
-            vr = _rows(v, None if by_key else f.right, groups, size, compute)
-            q0 = k0 = None
+            read, write = (f.left, f.right) if by_key else (None, None)
+            kind = groups, size, compute, compiled
+            ql, kr = _rows(q, read, *kind), _rows(k, write, *kind)
+            vr = _rows(v, None if by_key else f.right, *kind)
+            q0 = k0 = own = None
             if form != "factored":
-                q0, k0 = (_rows(x, None, groups, size, compute) for x in (q, k))
+                q0, k0 = _rows(q, None, *kind), _rows(k, None, *kind)
             add = torch.bmm(_document(kr, f.final, groups).mT, vr).view(shape)
             start = state.unflatten(1, (groups, -1)).transpose(2, 3)
-            states = _carry(start, f.keep, _times(add.to(state.dtype), f.leave))
-            entering = _entering(states, f, compute)
+            entering, last = _carry(start, add, f, compiled)
             p = _scores(form, ql, kr, q0, k0, f, groups)
+            # A step's own key and value meet without decay. Where the gradient of a decay is
+            # wanted they are kept apart: their share would cancel in it, but for rounding.
             apart = ctx.needs_input_grad[3] and not by_key
-            own = _take_diagonal(p) if apart else None
-            y = torch.bmm(_document(ql, f.first, groups), entering)
-            y.baddbmm_(p, vr, beta=scale, alpha=scale)
-            y = _times(_back(y, batch, groups, value), None if by_key else f.left)
-            y = past = y.to(compute).reshape(v.shape)
-            if own is not None:
-                y = past + _own(own, v, scale)
-            y = y.to(v.dtype)
-            last = states[:, -1].transpose(2, 3).reshape(state.shape)
-        ctx.save_for_backward(ql, kr, vr, q0, k0, past if apart else None,
-                              reset, states, *f)
-        ctx.constants = q.dtype, k.dtype, g is not None and g.shape, scale, form, by_key, shape
-        return y, last
+            if apart:
+                own = _take_diagonal(p) * scale
+            left = None if by_key or f.left is None else f.left * scale
+            alpha = scale if left is None else 1.0
+            y = past = torch.bmm(_document(ql, f.first, groups), entering).baddbmm_(
+                p, vr, beta=alpha, alpha=alpha)
+            y = _natural(y, left, groups, value, v, v.dtype, compiled, own)
+        ctx.save_for_backward(ql, kr, vr, q0, k0, past if apart else None, reset, entering, last,
+                              *f)
+        ctx.constants = (q.dtype, k.dtype, g is not None and g.shape, scale, form, by_key, shape,
+                         compiled)
+        return y, last.transpose(2, 3).reshape(state.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        ql, kr, vr, q0, k0, past, reset, states, *rest = ctx.saved_tensors
+        ql, kr, vr, q0, k0, past, reset, entering, last, *rest = ctx.saved_tensors
         f = _Factors(*rest)
-        q_dtype, k_dtype, g_shape, scale, form, by_key, shape = ctx.constants
+        q_dtype, k_dtype, g_shape, scale, form, by_key, shape, compiled = ctx.constants
         batch, _, groups, width, per_group, value = shape
-        size, compute, wide = vr.shape[1], vr.dtype, states.dtype
+        size, compute = vr.shape[1], vr.dtype
+        compiled = compiled and dy.stride(3) == 1
         with torch.autocast(dy.device.type, enabled=False):
-            dyl = dy if scale == 1.0 else dy * scale
-            dyl = _rows(dyl, None if by_key else f.left, groups, size, compute)
+            dyl = _rows(dy, None if by_key else f.left, groups, size, compute, compiled, scale)
             p = _scores(form, ql, kr, q0, k0, f, groups)
             dp = _causal(torch.bmm(dyl, vr.mT), f.same, groups)
-            # A step's own key and value meet without decay. Where the gradient of a decay is
-            # wanted they are kept apart: their share would cancel in it, but for rounding.
             apart = ctx.needs_input_grad[3]
             own = _take_diagonal(dp if by_key else p) if apart else None
             add = torch.bmm(_document(ql, f.first, groups).mT, dyl).view(shape)
             end = dlast.unflatten(1, (groups, per_group)).transpose(2, 3)
-            dstates = _carry(end, f.keep, _times(add.to(wide), f.enter), backward=True)
-            leaving = _times(dstates[:, 1:], f.leave).to(compute).reshape(ql.shape[0],
-                                                                          ql.shape[2], -1)
-            dq = _document(torch.bmm(dyl, _entering(states, f, compute).mT), f.first, groups)
+            leaving, dstate, db = _carry_back(end, add, f, entering, last, compiled)
+            dq = _document(torch.bmm(dyl, entering.mT), f.first, groups)
             dk = _document(torch.bmm(vr, leaving.mT), f.final, groups)
             dv = torch.bmm(_document(kr, f.final, groups), leaving).baddbmm_(p.mT, dyl)
-            dq0, dk0 = None, None
+            dq0, dk0, dg = None, None, None
             if form == "factored":
                 dq.baddbmm_(dp, kr)
                 dk.baddbmm_(dp.mT, ql)
             else:
                 dq0, dk0 = _scores_backward(form, dp, q0, k0, f)
-            dg = None
             if apart:
                 # c_i multiplies what row i reads and divides what it writes; b, what leaves
-                if by_key:
+                if not by_key:
+                    dc = _products(past, dyl, vr, dv, per_group, compiled)
+                    dc = _back(dc, batch, groups, 1)[..., 0]
+                    db = db.sum(3).flatten(2)
+                    dg = _decay_gradient(dc, db, f, reset)
+                elif compiled and len(g_shape) == 4 and reset is None and dq0 is None:
+                    dg = _loops().decay_gradient(ql, dq, kr, dk, db)
+                else:
+                    wide = db.dtype
                     dc = ql.to(wide) * dq - kr.to(wide) * dk
                     if dq0 is not None:
                         dc += q0.to(wide) * dq0 - k0.to(wide) * dk0
-                    dc = _back(dc, batch, groups, width)
-                    db = (states[:, 1:] * dstates[:, 1:]).sum((-2, -1))
+                    dc, db = _back(dc, batch, groups, width), db[..., 0]
+                    if len(g_shape) == 3:
+                        dc, db = dc.sum(-1), db.sum(-1)
+                    dg = _decay_gradient(dc, db, f, reset)
+                if g_shape[0] < batch:
+                    dg = dg.sum(0, keepdim=True)
+                if by_key:
                     to_q, to_k, from_q, from_k = ((dq, dk, ql, kr) if dq0 is None else
                                                   (dq0, dk0, q0, k0))
                     to_q.addcmul_(own, from_k)
                     to_k.addcmul_(own, from_q)
-                else:
-                    dc = (past.to(wide) * dy).sum(-1).unflatten(1, (-1, size))
-                    dc -= _back(vr.to(wide) * dv, batch, groups, value).sum(-1)
-                    db = (states[:, 1:] * dstates[:, 1:]).sum((3, 5)).flatten(2)
-                if len(g_shape) == 3 and by_key:
-                    dc, db = dc.sum(-1), db.sum(-1)
-                dg = _decay_gradient(dc, db, f, reset).to(wide)
-                if g_shape[0] < batch:
-                    dg = dg.sum(0, keepdim=True)
-            dq = _times(_back(dq, batch, groups, width), f.left if by_key else None)
-            dk = _times(_back(dk, batch, groups, width), f.right if by_key else None)
-            dv = _times(_back(dv, batch, groups, value), None if by_key else f.right)
-            if apart and not by_key:
-                dv = dv + _own(own, dy, scale).unflatten(1, (-1, size))
+            own = None if by_key or own is None else own * scale
+            dq = _natural(dq, f.left if by_key else None, groups, width, dy, q_dtype, compiled)
+            dk = _natural(dk, f.right if by_key else None, groups, width, dy, k_dtype, compiled)
+            dv = _natural(dv, None if by_key else f.right, groups, value, dy, dy.dtype, compiled,
+                          own)
             if dq0 is not None:
-                dq = dq + _back(dq0, batch, groups, width)
-                dk = dk + _back(dk0, batch, groups, width)
-            dstate = dstates[:, 0].transpose(2, 3).flatten(1, 2)
-        return (dq.to(q_dtype).flatten(1, 2), dk.to(k_dtype).flatten(1, 2),
-                dv.to(dy.dtype).flatten(1, 2), dg, dstate, None, None, None, None, None)
+                dq += _natural(dq0, None, groups, width, dy, q_dtype, False)
+                dk += _natural(dk0, None, groups, width, dy, k_dtype, False)
+            dstate = dstate.transpose(2, 3).flatten(1, 2)
+        return dq, dk, dv, dg, dstate, None, None, None, None, None, None
+
+
+def _products(a: Tensor, b: Tensor, c: Tensor, d: Tensor, heads: int, compiled: bool) -> Tensor:
+    """a . b - c . d of each head: (B N G, C, H/G V) -> (B N G, C, H/G)."""
+    if compiled:
+        return _loops().products(a, b, c, d, heads)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    both = a.to(wide) * b - c.to(wide) * d
+    return both.unflatten(2, (heads, -1)).sum(-1)
 
 
 def _take_diagonal(p: Tensor) -> Tensor:
@@ -347,21 +413,6 @@ def _take_diagonal(p: Tensor) -> Tensor:
     diagonal = p.diagonal(dim1=1, dim2=2)[..., None].clone()
     p.tril_(-1)
     return diagonal
-
-
-def _own(diagonal: Tensor, v: Tensor, scale: float) -> Tensor:
-    """What each step's own score, (B N G, C, 1), adds: scale * score * v, (B, T, H, V)."""
-    batch, length, heads, _ = v.shape
-    groups = diagonal.numel() // (batch * length)
-    scores = diagonal.view(batch, -1, groups, diagonal.shape[1]).transpose(2, 3) * scale
-    scores = scores.reshape(batch, length, groups, 1, 1)
-    return (v.unflatten(2, (groups, -1)) * scores).flatten(2, 3)
-
-
-def _entering(states: Tensor, f: _Factors, dtype: torch.dtype) -> Tensor:
-    """The states before each chunk as factors of its outputs: (B N G, K, H/G V)."""
-    s = _times(states[:, :-1], f.enter).to(dtype)
-    return s.reshape(-1, s.shape[3], s.shape[4] * s.shape[5])
 
 
 def _decay_gradient(dc: Tensor, db: Tensor, f: _Factors, reset: Tensor | None) -> Tensor:

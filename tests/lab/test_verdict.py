@@ -180,3 +180,15 @@ def test_the_table_marks_the_lowest_and_its_ties_in_bold():
 
 def test_the_table_of_one_seed_marks_none():
     assert "**" not in summary_table(sample_results(seeds=1))
+
+
+def test_speeds_that_vary_as_much_within_as_between_are_not_told_apart():
+    results = sample_results(archs=("llama", "lstm"))
+    for name, rates in {"llama": (900, 3000), "lstm": (1000, 1400)}.items():
+        for run, rate in zip(results["archs"][name]["runs"], rates, strict=True):
+            run["tokens_per_second"] = rate
+    found = verdict(results)
+    speed = next(c.text for c in found.claims if c.topic == "speed")
+    assert "not told apart" in speed
+    assert "as fast as" not in found.summary
+    assert any("something else was using this machine" in q.text for q in found.open_questions)

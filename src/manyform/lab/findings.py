@@ -156,7 +156,9 @@ def _equal(found: curves.Reading, comparison: Comparison) -> Claim:
     doubtful = [n for n in early if n != best and found.share[n] < found.share[best] - 0.05]
     single = all(comparison.difference(best, n).low is None for n in order[1:])
     if single:
-        text, standing = f"{head}, one run each, {best} reads lowest ({told}).", "single"
+        several = max(map(len, found.values.values())) > 1
+        why = "fewer than two seeds of a pair can be read there" if several else "one run each"
+        text, standing = f"{head}, {best} reads lowest ({told}); {why}.", "single"
     elif len(tied) > 1:
         text, standing = f"{head}, {words(tied)} are not told apart.", "tie"
     elif doubtful:
@@ -213,11 +215,12 @@ def training_speed(results: Mapping[str, Any]) -> list[Claim]:
     order = sorted(rates, key=lambda n: (-rates[n], n))
     every = speeds(results)
     level = [n for n in order[1:] if not faster(every[order[0]], every[n])]
-    who = f"{order[0]} trains fastest, at {count(rates[order[0]])} tokens a second" \
-        if not level else (f"{words([order[0], *level])} train about as fast as each other "
-                           f"({count(rates[order[0]])} to {count(rates[level[-1]])} tokens a "
-                           "second)")
     last = order[-1]
+    who = f"{order[0]} trains fastest, at {count(rates[order[0]])} tokens a second"
+    if level:
+        who = (f"The training speeds of {words([order[0], *level])} are not told apart "
+               f"({count(rates[order[0]])} to {count(min(rates[n] for n in level))} tokens a "
+               "second, which is within what runs of one architecture differ by)")
     tail = "" if last in level else f", {factor(rates[order[0]] / rates[last])} the rate of {last}"
     return [Claim("speed", f"{who}{tail}.", "measured", tuple(order),
                   {n: rates[n] for n in order})]
@@ -256,7 +259,8 @@ def context(results: Mapping[str, Any]) -> list[Claim]:
         passed = {n: c for n in constant
                   if (c := curves.crossing(states[name], states[n])) is not None}
         if passed:
-            text += ", passing " + words(f"{n} at about {count(c)}" for n, c in passed.items())
+            text += ", passing " + words(f"{n} at about {count(c)} tokens"
+                                          for n, c in passed.items())
         claims.append(Claim("context", text + ".", "measured", (name, *passed),
                             {"first": states[name][first], "last": states[name][last], **passed}))
     return claims + _latency(results, names, constant, growing)

@@ -119,7 +119,7 @@ def _partial(results: Mapping[str, Any]) -> str:
 
 
 _STANDINGS = {"shown": ("shown", "an interval excludes the opposite"),
-              "tie": ("tie", "an interval contains zero"),
+              "tie": ("tie", "an interval contains zero, or chance"),
               "measured": ("measured", "a cost, read beyond the noise of timings"),
               "single": ("no interval", "measured once, or read part-way: not a claim")}
 
@@ -137,8 +137,8 @@ def _verdict(found: Verdict, results: Mapping[str, Any]) -> str:
         front = [p.arch for p in found.pareto if p.status == "front"]
         items = "".join(f"<li>{_named(p.text, results)}</li>" for p in found.pareto
                         if p.status != "front")
-        sentence = f"On the front over loss, training and decoding speed, state and peak memory: " \
-                   f"{words.words(front)}. Nothing here is as good on every axis."
+        sentence = ("On the front by their means, over loss, training and decoding speed, state "
+                    f"and peak memory: {words.words(front)}. No other is as good on every axis.")
         out += (f'<section class="topic"><h3>Quality, speed and memory together</h3>'
                 f'<ul class="plain"><li>{_named(sentence, results)}</li>{items}</ul></section>')
     if found.open_questions:

@@ -127,7 +127,7 @@ def _footnote(results: Mapping[str, Any], told: bool) -> str:
     text = "Bits per byte on validation text, lower is better"
     if n > 1:
         text += (f"; ± is half the 95% t-interval of the mean over {n} seeds. Architectures are "
-                 "told apart by their differences within seeds, whose intervals are narrower")
+                 "told apart by their differences within seeds, not by these intervals")
     elif n == 1:
         text += "; one seed each, so there is no interval"
     return text + (". In bold: the lowest and all that are tied with it." if told else ".")

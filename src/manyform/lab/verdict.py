@@ -18,6 +18,10 @@ TOPICS = {"quality": "Quality", "equal": "Equal tokens, operations, seconds", "s
           "probes": "Probes"}
 
 
+UNEVEN = 1.3
+"""Runs of one architecture whose speeds differ by more than this were disturbed."""
+
+
 @dataclass(frozen=True)
 class OpenQuestion:
     """Something the runs leave open. command: what would decide it, None where no single one
@@ -148,8 +152,8 @@ def pareto(results: Mapping[str, Any], comparison: Comparison) -> list[Standing]
                     "beyond doubt higher.")
             places.append(Standing(name, "open", tuple(by_means), text))
         else:
-            places.append(Standing(name, "front", (), f"{name} is on the front: nothing else is "
-                                   "as good on every axis."))
+            places.append(Standing(name, "front", (), f"{name} is on the front: no other is as "
+                                   "good on every axis."))
     return places
 
 
@@ -193,6 +197,14 @@ def _open(results: Mapping[str, Any], comparison: Comparison) -> list[OpenQuesti
                     f"{ranked(comparison)[0]} is at equal tokens. A comparison planned for equal "
                     f"{curves.AXES[axis]} would decide, since each run then ends its own schedule.",
                     rerun(results, f"match-{match}", match=match)))
+    uneven = {n: max(r) / min(r) for n, r in findings.speeds(results).items()
+              if max(r) > UNEVEN * min(r)}
+    if uneven:
+        most = max(uneven, key=lambda n: (uneven[n], n))
+        questions.append(OpenQuestion(
+            f"Two runs of {most} differ {factor(uneven[most])} in speed, so something else was "
+            "using this machine: speeds, latencies and readings at equal seconds are rough. Losses "
+            "at equal tokens are not touched by it. A quiet machine would decide."))
     edge = [n for n, a in results["archs"].items() if a.get("lr_at_edge")]
     if edge:
         questions.append(OpenQuestion(

@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from manyform.lab import curves, findings
@@ -17,7 +17,7 @@ from manyform.lab.words import bpb, clock, context, count, millis, power, share,
 
 @dataclass(frozen=True)
 class Cell:
-    """value goes into CSV, text is read by people; mark: "best" or "" ."""
+    """value goes into CSV, text is read by people; mark: "best" sets it in bold."""
 
     value: Any
     text: str
@@ -36,7 +36,7 @@ class Table:
     source: str
     note: str = ""
     by_arch: bool = True
-    csv_only: bool = field(default=False)
+    csv_only: bool = False
 
     def csv(self) -> str:
         """Raw values, full precision."""

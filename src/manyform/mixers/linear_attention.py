@@ -13,6 +13,7 @@ from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
 from manyform.init import linear, residual_std
 from manyform.norms import RMSNorm
+from manyform.ops.gates import elu_plus_one, silu_gate
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.rms_norm import rms_norm
 from manyform.ops.short_conv import steps_since_reset
@@ -88,8 +89,7 @@ class LinearAttention(_Memory):
                 reset: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """x: (batch, length, d_model) -> the same shape, and the state after the last step."""
         qk, v = self.in_proj(x).split([2 * self.d_model, self.d_model], dim=-1)
-        # elu(x) + 1, written so that bfloat16 keeps the small values of negative x
-        q, k = (qk.clamp(max=0).exp() + qk.relu()).chunk(2, dim=-1)
+        q, k = elu_plus_one(qk).chunk(2, dim=-1)
         v = F.pad(self._split(v), (0, 1), value=1.0)
         y, memory = matrix_recurrence(self._split(q), self._split(k), v, None, None,
                                       None if state is None else state.memory, reset)
@@ -138,7 +138,7 @@ class Retention(_Memory):
         q, k = qk.chunk(2, dim=2)
         y, memory = matrix_recurrence(q, k, self._split(v), self.decay, None, memory, reset,
                                       self.memory_shape[1] ** -0.5)
-        y = rms_norm(y, self.unit, 1e-6).flatten(2) * F.silu(gate)
+        y = silu_gate(rms_norm(y, self.unit, 1e-6), gate)
         return self.out_proj(y), RetentionState(positions[:, -1] + 1, memory)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
@@ -190,7 +190,7 @@ class GatedLinearAttention(_Memory):
         y, memory = matrix_recurrence(*map(self._split, (q, k, v, decay)), None,
                                       None if state is None else state.memory, reset,
                                       self.memory_shape[1] ** -0.5)
-        y = self.norm(y).flatten(2) * F.silu(gate)
+        y = silu_gate(self.norm(y), gate)
         return self.out_proj(y), MemoryState(memory)
 
     def cost(self, length: int) -> Cost:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
+from manyform.ops.gates import scale_heads, silu_gate
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.rms_norm import rms_norm
 from manyform.ops.short_conv import short_conv
@@ -87,10 +88,9 @@ class Mamba2(SequenceMixer):
         u = u.unflatten(-1, (self.n_heads, self.head_dim))
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias)
-        v = (u * dt[..., None]).to(u.dtype)  # in float32, for the sake of the gradient of dt
-        y, ssm = matrix_recurrence(c, b, v, -self.A_log.exp() * dt, None, old_ssm, reset)
-        y = (y + u * self.D[:, None]).to(u.dtype).flatten(2)
-        y = self._norm(y * F.silu(z))
+        y, ssm = matrix_recurrence(c, b, scale_heads(u, dt), -self.A_log.exp() * dt, None, old_ssm,
+                                   reset)
+        y = self._norm(silu_gate(y, z, u, self.D))
         return self.out_proj(y), Mamba2State(conv, ssm)
 
     def _norm(self, y: Tensor) -> Tensor:

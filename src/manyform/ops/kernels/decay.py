@@ -16,7 +16,7 @@ _LOG2E = np.float32(1.4426950408889634)
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
 def gather(x, strides, factor, kind, shared, scale, out, shape):
-    """out rows = scale * factor * x. factor: (B or 1, N, C, H, D or 1); shared: 1 if one for all."""
+    """out = scale * factor * x. factor: (B or 1, N, C, H, D or 1); shared: 1 if one for all."""
     sb, st, sh = strides
     batch, chunks, groups, size, heads, width = shape
     every = groups * heads

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from manyform.ops import tiled_delta
 from manyform.ops.kernels import usable
 from manyform.ops.matrix_recurrence import matrix_recurrence
 
@@ -480,6 +481,10 @@ def chunked_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = No
     if state is None:
         state = torch.zeros(batch, heads, k.shape[-1], value, dtype=wide, device=v.device)
     b = None if erase[1] is k else per_head(erase[1])
+    if dtype == torch.bfloat16 and size == tiled_delta.SIZE and tiled_delta.applies(
+            q, k, v, g, reset):
+        return tiled_delta.tiled_delta(per_head(q), per_head(k), v, per_head(erase[0]), b, g,
+                                       state.float(), reset, scale)
     y, state = _ChunkedDelta.apply(per_head(q), per_head(k), v.to(dtype), per_head(erase[0]), b, g,
                                    state.to(wide), reset, scale, size)
     return y.to(v.dtype), state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manyform.ops import trace, use
+from manyform.ops import chunked_decay, trace, use
 from manyform.ops.matrix_recurrence import matrix_recurrence
 
 DECAYS = ["none", "head", "head_step", "channel"]
@@ -97,6 +97,22 @@ def test_bfloat16_stays_near_float64(decay, strength, groups):
         assert (fast[name].double() - expected).norm() / expected.norm() < bound, name
 
 
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("strength", ["weak", "mixed", "strong"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_compiled_passes(decay, strength, resets, monkeypatch):
+    monkeypatch.setattr(chunked_decay, "SMALL", 0)
+    value = 33 if decay == "none" else 16  # 33: a column for a sum, as linear attention has
+    for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 0.02)):
+        given = inputs(decay, STRENGTHS[strength], dtype=dtype, resets=resets, key=16, value=value)
+        exact = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                 for n, x in given.items()}
+        fast, slow = run(given, "chunked"), run(exact, "reference")
+        for name, expected in slow.items():
+            limit = 3 * bound if name == "log_decay" else bound
+            assert (fast[name].double() - expected).norm() < limit * (expected.norm() + 1e-2), name
+
+
 @pytest.mark.parametrize("decay", ["head_step", "channel"])
 @pytest.mark.parametrize("strongest", [-1e4, -float("inf")])
 def test_a_decay_that_forgets_all_is_finite_and_exact(decay, strongest):
@@ -116,6 +132,12 @@ def test_step_equals_the_reference(decay, resets):
     assert_near(run(given, "step"), run(given, "reference"), 1e-12)
     given["state"] = None
     assert_near(run(given, "step"), run(given, "reference"), 1e-12)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        given = inputs(decay, 3.0, length=1, resets=resets, dtype=dtype, value=16)
+        with torch.no_grad(), use(matrix_recurrence="step"):
+            y, last = matrix_recurrence(**given)
+        expected = run(given, "reference")
+        assert_near({"y": y, "last": last}, {n: expected[n] for n in ("y", "last")}, bound)
 
 
 @pytest.mark.parametrize("decay", DECAYS)

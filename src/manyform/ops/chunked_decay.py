@@ -98,20 +98,22 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, erase
          ) -> tuple[Tensor, Tensor]:
     """One token, for decoding: few calls matter more than few operations."""
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    heads = v.shape[2]
+    batch, _, heads, value = v.shape
+    kept = (torch.zeros(batch, heads, k.shape[-1], value, dtype=wide, device=v.device)
+            if state is None else state.to(wide))
+    if reset is not None:
+        kept = torch.where(reset[:, 0, None, None, None], 0.0, kept)
+    given = (q, k, v, log_decay, kept)
+    if value % 16 == 0 and usable(*given) and single(*given) and not (
+            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)):
+        return _loops().step(q, k, v, log_decay, kept, scale)
     q, k = _per_head(q, heads), _per_head(k, heads)
-    s = k[:, 0, :, :, None].to(wide) * v[:, 0, :, None, :].to(wide)
-    if state is not None:
-        kept = state.to(wide)
-        if reset is not None:
-            kept = torch.where(reset[:, 0, None, None, None], 0.0, kept)
-        if log_decay is None:
-            s = s + kept
-        else:
-            keep = log_decay.to(wide).exp()
-            keep = keep[:, None, None] if keep.ndim == 1 else (
-                keep[:, 0, :, :, None] if keep.ndim == 4 else keep[:, 0, :, None, None])
-            s = torch.addcmul(s, kept, keep)
+    if log_decay is not None:
+        keep = log_decay.to(wide).exp()
+        keep = keep[:, None, None] if keep.ndim == 1 else (
+            keep[:, 0, :, :, None] if keep.ndim == 4 else keep[:, 0, :, None, None])
+        kept = kept * keep
+    s = torch.addcmul(kept, k[:, 0, :, :, None].to(wide), v[:, 0, :, None, :].to(wide))
     y = (q[:, 0, :, :, None].to(wide) * s).sum(2)
     if scale != 1.0:
         y = y * scale
@@ -385,14 +387,13 @@ class _Chunked(torch.autograd.Function):
                 if by_key:
                     to_q, to_k, from_q, from_k = ((dq, dk, ql, kr) if dq0 is None else
                                                   (dq0, dk0, q0, k0))
-                    to_q.addcmul_(own, from_k)
-                    to_k.addcmul_(own, from_q)
+                    _add_own(own, to_q, to_k, from_q, from_k)
             own = None if by_key or own is None else own * scale
             dq = _natural(dq, f.left if by_key else None, groups, width, dy, q_dtype, compiled)
             dk = _natural(dk, f.right if by_key else None, groups, width, dy, k_dtype, compiled)
             dv = _natural(dv, None if by_key else f.right, groups, value, dy, dy.dtype, compiled,
                           own)
-            if dq0 is not None:
+            if dq0 is not None and dk0 is not None:
                 dq += _natural(dq0, None, groups, width, dy, q_dtype, False)
                 dk += _natural(dk0, None, groups, width, dy, k_dtype, False)
             dstate = dstate.transpose(2, 3).flatten(1, 2)
@@ -406,6 +407,12 @@ def _products(a: Tensor, b: Tensor, c: Tensor, d: Tensor, heads: int, compiled: 
     wide = torch.promote_types(a.dtype, torch.float32)
     both = a.to(wide) * b - c.to(wide) * d
     return both.unflatten(2, (heads, -1)).sum(-1)
+
+
+def _add_own(own: Any, dq: Any, dk: Any, q: Any, k: Any) -> None:
+    """In place, the gradients through each step's own score."""
+    dq.addcmul_(own, k)
+    dk.addcmul_(own, q)
 
 
 def _take_diagonal(p: Tensor) -> Tensor:
@@ -424,6 +431,8 @@ def _decay_gradient(dc: Tensor, db: Tensor, f: _Factors, reset: Tensor | None) -
     later = torch.ones(size, size, dtype=dc.dtype, device=dc.device).triu()
     db = db[:, :, None]
     if reset is not None:
+        assert f.same is not None
+        assert f.final is not None
         later = later * f.same
         db = db * f.final.reshape(*f.final.shape[:2], size, *[1] * (dc.ndim - 3))
     dg = ((later @ dc.flatten(3)).view(dc.shape) + db).flatten(1, 2)

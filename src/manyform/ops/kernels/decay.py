@@ -222,3 +222,33 @@ def decay_gradient(q, dq, k, dk, db, out, shape):
                     i = ((at * heads + h) * size + c) * width + d
                     run = run + load(q, i) * load(dq, i) - load(k, i) * load(dk, i)
                     store(out, ((at * size + c) * heads + h) * width + d, run)
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def step(q, k, v, decay, kind, state, scale, y, after, shape):
+    """One step: after = e^decay * state + k v^T, y = scale * after^T q. On one thread.
+
+    q, k: (B, G, K), v, y: (B, H, V), state, after: (B, H, K, V), all dense; decay: none (kind 0), a
+    head (1: (H,), 2: (B, H)) or a channel (3: (B, H, K)).
+    """
+    batch, groups, heads, width, value = shape
+    for b in range(batch):
+        for h in range(heads):
+            row = b * heads + h
+            at = (b * groups + h // (heads // groups)) * width
+            keep = np.float32(1)
+            if kind == 1:
+                keep = np.exp(decay[h])
+            elif kind == 2:
+                keep = np.exp(decay[row])
+            for d in range(0, value, WIDTH):
+                new = load(v, row * value + d)
+                sums = splat(np.float32(0))
+                for i in range(width):
+                    if kind == 3:
+                        keep = np.exp(decay[row * width + i])
+                    place = (row * width + i) * value + d
+                    s = splat(keep) * load(state, place) + splat(get(k, at + i)) * new
+                    store(after, place, s)
+                    sums = sums + s * splat(get(q, at + i))
+                store(y, row * value + d, sums * splat(scale))

@@ -109,3 +109,20 @@ def decay_gradient(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, db: Tensor) -> 
     kernel.decay_gradient(flat(q), flat(dq), flat(k), flat(dk), flat(db), flat(out),
                           (batch, chunks, heads, size, width))
     return out
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, scale: float,
+         ) -> tuple[Tensor, Tensor]:
+    """One token, T = 1: y (B, 1, H, V) in the dtype of v, and the next state."""
+    batch, _, heads, value = v.shape
+    y, after = torch.empty(v.shape, dtype=v.dtype), torch.empty(state.shape)
+    kind = 0
+    if decay is None:
+        decay = _NONE
+    else:
+        kind = 1 if decay.ndim == 1 else decay.ndim - 1
+        decay = decay.float().contiguous()
+    q, k, v, state = (x if x.is_contiguous() else x.contiguous() for x in (q, k, v, state))
+    kernel.step(flat(q), flat(k), flat(v), flat(decay), kind, flat(state), kernel.np.float32(scale),
+                flat(y), flat(after), (batch, q.shape[2], heads, q.shape[3], value))
+    return y, after

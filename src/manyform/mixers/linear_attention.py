@@ -124,7 +124,7 @@ class Retention(_Memory):
         _xavier(self.in_proj, [d_model, d_model, self.values, self.values], 2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
         gaps = 2.0 ** (-5 - torch.arange(self.n_heads, dtype=torch.float64))
-        self.register_buffer("decay", torch.log1p(-gaps), persistent=False)
+        self.register_buffer("decay", torch.log1p(-gaps).float(), persistent=False)
         self.register_buffer("unit", torch.ones(self.memory_shape[2]), persistent=False)
 
     def forward(self, x: Tensor, state: RetentionState | None = None, *,

@@ -335,7 +335,7 @@ class _Chunked(torch.autograd.Function):
                               *f)
         ctx.constants = (q.dtype, k.dtype, g is not None and g.shape, scale, form, by_key, shape,
                          compiled)
-        return y, last.transpose(2, 3).reshape(state.shape)
+        return y, last.transpose(2, 3).reshape(state.shape).contiguous()
 
     @staticmethod
     @once_differentiable

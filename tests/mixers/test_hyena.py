@@ -39,7 +39,7 @@ def test_decoding_keeps_the_filter_until_the_weights_change():
         for t in range(10, 20):
             y, state = layer(x[:, t:t + 1], state)
         assert kept.shape[1] == 10
-        assert layer._memo.filter.shape[1] == 20
+        assert 20 <= layer._memo.filter.shape[1] <= 4 * 20  # grown by doubling
         before = layer.kernel(20).clone()
         layer.filter_weights[0].mul_(2)
         assert not torch.equal(layer.kernel(20), before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from manyform.ops import count, use
-from manyform.ops.long_conv import fast_size, long_conv, long_conv_flops
+from manyform.ops.long_conv import fast_size, gated_conv, long_conv, long_conv_flops
 
 
 def test_fast_size_is_the_next_smooth_number():
@@ -76,3 +76,53 @@ def test_operations():
         long_conv(torch.randn(2, 50, 3), torch.randn(3, 50))
     assert counter.total == long_conv_flops(2, 50, 3)
     assert long_conv_flops(1, 4096, 8) < 2.3 * long_conv_flops(1, 2048, 8)
+
+
+needs_tiles = pytest.mark.skipif(
+    long_conv.choose(torch.zeros(1, 256, 16).bfloat16(), torch.zeros(16, 256)) != "tiles",
+    reason="this processor has no matrix tiles")
+
+
+@needs_tiles
+@pytest.mark.parametrize(("batch", "length", "reach"), [(1, 256, 256), (2, 1100, 1100),
+                                                        (2, 1024, 700), (1, 2049, 2100)])
+def test_tiles_equal_fourier(batch, length, reach):
+    """In both gradients too; values in unused memory reach nothing."""
+    torch.manual_seed(length)
+    x = torch.randn(batch, length, 48).bfloat16()
+    k = torch.randn(48, reach).bfloat16().float() / reach ** 0.5
+    w = torch.randn(batch, length, 48).bfloat16()
+    results = []
+    for path, kind in (("tiles", torch.float32), ("fft", torch.float64)):
+        inputs = [(x if kind == torch.float32 else x.to(kind)).clone().requires_grad_(),
+                  k.to(kind).requires_grad_()]
+        with use(long_conv=path):
+            y = long_conv(*inputs)
+        results.append([y, *torch.autograd.grad((y * w.to(y.dtype)).sum(), inputs)])
+    for got, want in zip(*results, strict=True):
+        assert (got.double() - want).norm() < 5e-3 * want.norm()
+
+
+@needs_tiles
+def test_tiles_are_exactly_causal():
+    x, k = torch.randn(1, 600, 16).bfloat16(), torch.randn(16, 600)
+    y = long_conv(x, k)
+    x[:, 300:] = 100
+    assert torch.equal(long_conv(x, k)[:, :300], y[:, :300])
+
+
+@needs_tiles
+def test_gates_around_the_tiles():
+    u = torch.randn(2, 500, 48).bfloat16()
+    k = torch.randn(16, 500)
+    wy, wz = torch.randn(2, 2, 500, 16)
+    results = []
+    for path, kind in (("tiles", torch.float32), ("reference", torch.float64)):
+        inputs = [(u if kind == torch.float32 else u.to(kind)).clone().requires_grad_(),
+                  k.to(kind, copy=True).requires_grad_()]
+        with use(gated_conv=path):
+            y, z = gated_conv(*inputs)
+        results.append([y, z, *torch.autograd.grad((y * wy).sum() + (z * wz).sum(), inputs)])
+        results[-1] += torch.autograd.grad((gated_conv(*inputs)[1] * wz).sum(), inputs[:1])
+    for got, want in zip(*results, strict=True):
+        assert (got.double() - want).norm() < 8e-3 * want.norm()

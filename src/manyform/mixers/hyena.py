@@ -14,7 +14,7 @@ from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
 from manyform.init import linear, residual_std
 from manyform.ops.implicit_filter import FilterMemo, filter_flops, implicit_filter
-from manyform.ops.long_conv import long_conv_flops
+from manyform.ops.long_conv import gated_conv, long_conv_flops
 from manyform.ops.online_conv import ConvState, online_conv
 from manyform.ops.short_conv import short_conv
 from manyform.state import State
@@ -95,9 +95,17 @@ class Hyena(SequenceMixer):
                 ) -> tuple[Tensor, State]:
         short, long = (None, None) if state is None else state
         u, short = short_conv(self.in_proj(x), self.short_weight, self.short_bias, short, reset)
+        if long is None and reset is None:
+            y, z = gated_conv(u, self.kernel(x.shape[1]))
+            wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+            start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+            return self.out_proj(y), HyenaState(short, ConvState(z.to(wide), start))
         x0, x1, v = u.chunk(3, dim=-1)
         seen = 0 if long is None else long.history.shape[1]
-        y, long = online_conv(x1 * v, self.kernel(seen + x.shape[1]), long, reset)
+        length = seen + x.shape[1]
+        # A stream's tiles reach ahead, to outputs at most twice as far as it has come.
+        k = self.kernel(length if torch.is_grad_enabled() else 2 * length)
+        y, long = online_conv(x1 * v, k, long, reset)
         return self.out_proj(x0 * y), HyenaState(short, long)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,

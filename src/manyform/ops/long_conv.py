@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
 
 SHORT = 64
 """Up to this length a Toeplitz matrix a channel is faster than Fourier transforms."""
 CACHED = 1 << 19
 """Numbers in flight at once between the transforms of a CPU."""
+TILED = range(256, 16385)
+"""Lengths for which the T^2 operations of matrix tiles take less time than T log T others."""
 
 
 def fast_size(n: int) -> int:
@@ -159,3 +162,123 @@ def _spectrum(x: Tensor, n: int) -> Tensor:
     # Widen first: transposed copies of bfloat16 are several times slower than of float32.
     wide = x.to(_wide(x), memory_format=torch.contiguous_format)
     return torch.fft.rfft(wide.transpose(1, 2).contiguous(), n=n)
+
+
+def _tileable(x: Tensor, k: Tensor, reset: Tensor | None = None) -> bool:
+    """bfloat16 on a CPU with matrix tiles, documents not packed."""
+    if not (x.dtype == torch.bfloat16 and x.shape[1] in TILED and x.shape[2] % 16 == 0
+            and usable(x, k) and (reset is None or not bool(reset[:, 1:].any()))):
+        return False
+    from manyform.ops.kernels.tiles import supported
+    return supported()
+
+
+@long_conv.path("tiles", when=_tileable)
+def _tiled(x: Tensor, k: Tensor, reset: Tensor | None = None) -> Tensor:
+    """Products of matrix tiles, k in bfloat16, sums in float32: see `kernels.long_conv`."""
+    return _TiledConv.apply(x, _by_time(k, x.shape[1]))
+
+
+def _by_time(k: Tensor, length: int) -> Tensor:
+    """k (D, L) -> (T, D) in bfloat16, contiguous: no copy where it is already so."""
+    k = k[:, :length]
+    if k.shape[1] < length:
+        k = F.pad(k, (0, length - k.shape[1]))
+    return k.T.to(torch.bfloat16).contiguous()
+
+
+def _scratch(n: int, copies: int) -> tuple[Any, Any, Any]:
+    from manyform.ops.kernels.long_conv import scratch
+    workers = threads()
+    floats, words, halves = scratch(n, copies)
+    return (torch.empty(workers, floats).numpy(),
+            torch.empty(workers, words, dtype=torch.int32).numpy().view("u4"),
+            torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2"))
+
+
+def _convolve(x: Tensor, k: Tensor) -> Tensor:
+    from manyform.ops.kernels import long_conv as kernels
+    from manyform.ops.kernels.lanes import flat
+    y, n = torch.empty_like(x), kernels.padded(x.shape[1])
+    kernels.forward(flat(x), flat(k), flat(y), tuple(x.shape), n, *_scratch(n, 1))
+    return y
+
+
+def _gradients(g: Tensor, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    from manyform.ops.kernels import long_conv as kernels
+    from manyform.ops.kernels.lanes import flat
+    dx, dk, n = torch.empty_like(x), torch.empty_like(k), kernels.padded(x.shape[1])
+    kernels.backward(flat(g), flat(x), flat(k), flat(dx), flat(dk), tuple(x.shape), n,
+                     *_scratch(n, 2))
+    return dx, dk
+
+
+class _TiledConv(torch.autograd.Function):
+    """x (B, T, D) and k (T, D), bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, k)
+        return _convolve(x, k)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        return _gradients(g.contiguous(), *ctx.saved_tensors)
+
+
+@operation(flops=lambda u, k: long_conv_flops(u.shape[0], u.shape[1], u.shape[2] // 3))
+def gated_conv(u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x0 * long_conv(z, k) and z = x1 * v, with u = (x0, x1, v) side by side.
+
+    The Hyena operator of order 2 (Poli 2023, definition 3.1) for whole sequences.
+    u: (B, T, 3 D); k: (D, L), L at least T. Returns y and z, (B, T, D) in the dtype of u.
+    """
+    x0, x1, v = u.chunk(3, dim=-1)
+    z = x1 * v
+    return x0 * long_conv(z, k), z
+
+
+@gated_conv.path("tiles", when=lambda u, k: _tileable(u, k) and u.shape[2] % 48 == 0)
+def _gated_tiles(u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The convolution on tiles between two passes over memory."""
+    y, z = _GatedConv.apply(u, _by_time(k, u.shape[1]))
+    return y, z
+
+
+class _GatedConv(torch.autograd.Function):
+    """u (B, T, 3 D) and k (T, D), bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        from manyform.ops.kernels import long_conv as kernels
+        from manyform.ops.kernels.lanes import flat
+        u = u.contiguous()
+        batch, length, width = u.shape[0], u.shape[1], k.shape[1]
+        z, y = (u.new_empty(batch, length, width) for _ in range(2))
+        u_ = flat(u)
+        threads()
+        kernels.multiply(u_, 3 * width, width, u_, 3 * width, 2 * width, batch * length, width,
+                         flat(z))
+        conv = _convolve(z, k)
+        kernels.multiply(u_, 3 * width, 0, flat(conv), width, 0, batch * length, width, flat(y))
+        ctx.save_for_backward(u, k, z, conv)
+        ctx.set_materialize_grads(False)
+        return y, z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dz_too: Tensor | None) -> tuple[Tensor, Tensor]:
+        from manyform.ops.kernels import long_conv as kernels
+        from manyform.ops.kernels.lanes import flat
+        u, k, z, conv = ctx.saved_tensors
+        rows, width = z.shape[0] * z.shape[1], z.shape[2]
+        dy = torch.zeros_like(z) if dy is None else dy.to(z.dtype).contiguous()
+        too = z.new_empty(0) if dz_too is None else dz_too.to(z.dtype).contiguous()
+        du, g = torch.empty_like(u), torch.empty_like(z)
+        threads()
+        kernels.open_gates(flat(dy), flat(u), flat(conv), rows, width, flat(du), flat(g))
+        dz, dk = _gradients(g, z, k)
+        kernels.close_gates(flat(dz), flat(too), flat(u), rows, width, flat(du))
+        return du, dk

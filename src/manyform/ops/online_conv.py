@@ -107,7 +107,9 @@ def _relaxed(x: Tensor, k: Tensor, state: ConvState, reset: Tensor | None = None
         window = _since(history[:, base:end], start - base if masked else None)
         y = _direct(window, k, end - i)
         for level, (begin, first) in _due(i).items():
-            if level not in tiles or tiles[level][0] != first:
+            # A tile made with a filter that was too short for it ends early.
+            if (level not in tiles or tiles[level][0] != first
+                    or tiles[level][1].shape[1] < end - first):
                 past = _since(history[:, begin:first], start - begin if masked else None)
                 size = SHORT * RATIO ** level
                 tiles[level] = first, _tile(past, k[:, :first - begin + size], size)

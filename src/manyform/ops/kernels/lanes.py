@@ -126,6 +126,33 @@ def put(typing, array, index, value):
 
 
 @intrinsic
+def turn(typing, source, at, step, target, to, hop):
+    """Transpose a square of 16 by 16 elements of 4 bytes: source rows lie `step` apart, target
+    rows `hop`. All is read before anything is written."""
+    def generate(context, builder, signature, args):
+        source, at, step, target, to, hop = args
+        def place(kind, array, first, distance, i):
+            index = builder.add(first, builder.mul(distance, ir.Constant(distance.type, i)))
+            return _pointer(context, builder, kind, array, index, _VF)
+        rows = [builder.load(place(signature.args[0], source, at, step, i), align=4)
+                for i in range(WIDTH)]
+        # Exchange the corners of squares of 16, then of their quarters, and so on.
+        for half in (8, 4, 2, 1):
+            low = [j if not j & half else j - half + WIDTH for j in range(WIDTH)]
+            high = [j + half if not j & half else j + WIDTH for j in range(WIDTH)]
+            low, high = (ir.Constant(_V32, mask) for mask in (low, high))
+            for i in range(WIDTH):
+                if not i & half:
+                    a, b = rows[i], rows[i + half]
+                    rows[i] = builder.shuffle_vector(a, b, low)
+                    rows[i + half] = builder.shuffle_vector(a, b, high)
+        for i in range(WIDTH):
+            builder.store(rows[i], place(signature.args[3], target, to, hop, i), align=4)
+        return context.get_dummy_value()
+    return (types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate)
+
+
+@intrinsic
 def splat(typing, value):
     """One float32 in every lane."""
     return (lanes(types.float32),
@@ -268,9 +295,10 @@ def unpack(scratch, offset, steps, used, target, at, stride):
 def flat(x: Tensor):
     """The memory of a tensor from its first to its last element, as a 1-D array, to be indexed
     with the tensor's own strides; float32 as it is, bfloat16 as uint16."""
-    if not x.numel():
-        return x.detach().reshape(-1).view(
-            torch.uint16 if x.dtype == torch.bfloat16 else x.dtype).numpy()
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    line = x.detach().as_strided((span,), (1,))
+    x = x.detach()
+    if x.is_contiguous():
+        line = x.view(-1)
+    else:
+        span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        line = x.as_strided((span,) if x.numel() else (0,), (1,))
     return (line.view(torch.uint16) if x.dtype == torch.bfloat16 else line).numpy()

@@ -133,6 +133,23 @@ def product(c, c_row, fresh, a, a_row, a_step, b, b_side, b_step, steps):
     _store_c(corners, c_row)
 
 
+@numba.njit(fastmath=FAST, cache=True)
+def slide(c, c_row, fresh, a, a_row, a_step, b, b_side, b_row, b_step, steps):
+    """`product` where the rows of B, too, lie apart by any distance, and tiles may overlap."""
+    corners = (c, c + 64, c + 16 * c_row, c + 16 * c_row + 64)
+    if fresh:
+        _zero()
+    else:
+        _load_c(corners, c_row)
+    for s in range(steps):
+        at = a + s * a_step
+        _load_a((at, at + 16 * a_row), a_row)
+        at = b + s * b_step
+        _load_b((at, at + b_side), b_row)
+        _multiply()
+    _store_c(corners, c_row)
+
+
 class _BFloat(ir.types.Type):
     """LLVM's bfloat, which llvmlite does not name; processors with tiles convert to it at once."""
 

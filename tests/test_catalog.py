@@ -7,8 +7,9 @@ import manyform
 from manyform.catalog import ENTRIES, entry
 from manyform.config import parse_pattern
 
-NAMED = ("rnn lstm gru gpt2 llama mistral alibi linear_attention retnet gla delta_net "
-         "gated_delta_net s4d mamba mamba2 rwkv7 hyena jamba").split()
+NAMED = [
+    "rnn", "lstm", "gru", "gpt2", "llama", "mistral", "alibi", "linear_attention", "retnet", "gla",
+    "delta_net", "gated_delta_net", "s4d", "mamba", "mamba2", "rwkv7", "hyena", "jamba"]
 
 
 def test_every_named_entry_is_there_with_its_facts():

@@ -22,12 +22,12 @@ class BlockState(NamedTuple):
 class Block(nn.Module):
     """h = x + mixer(norm(x)); y = h + channel(norm(h)) (pre-norm, Xiong 2020, figure 1b).
 
-    layer: a `LayerSpec`. make_norm: makes one of its norms. residual=False drops the sums, for the stacked recurrent networks of
-    before 2016.
+    layer: a `LayerSpec`. make_norm: makes one of its norms. residual=False drops the sums, for
+    the stacked recurrent networks of before 2016.
     """
 
-    def __init__(self, layer: Any, d_model: int, *, place: Place, make_norm: Callable[[], nn.Module],
-                 residual: bool) -> None:
+    def __init__(self, layer: Any, d_model: int, *, place: Place,
+                 make_norm: Callable[[], nn.Module], residual: bool) -> None:
         super().__init__()
         self.residual = residual
         self.mixer_norm = make_norm()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class ManyformError(ValueError):
-    """What was expected, what was given, what to do; the command line prints it without a traceback."""
+    """What was expected, what was given, what to do; the command line prints it as it is."""
 
 
 def unknown(kind: str, given: object, known: Iterable[str]) -> ManyformError:

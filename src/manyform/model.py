@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from manyform.block import Block, BlockState
 from manyform.config import ModelConfig
-from manyform.contract import Place
+from manyform.contract import Place, SequenceMixer
 from manyform.errors import ManyformError
 from manyform.norms import norm
 from manyform.ops.cross_entropy import linear_cross_entropy
@@ -75,7 +75,15 @@ class Model(nn.Module):
     @property
     def causal(self) -> bool:
         """False if any mixer looks ahead; such a model cannot stream."""
-        return all(block.mixer.causal for block in self.blocks)
+        return all(mixer.causal for mixer in self.mixers)
+
+    @property
+    def mixers(self) -> list[SequenceMixer]:
+        """The sequence mixers, layer by layer."""
+        return [block.mixer for block in self._stack()]
+
+    def _stack(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def features(self, tokens: Tensor, state: ModelState | None = None, *,
                  reset: Tensor | None = None) -> tuple[Tensor, ModelState]:
@@ -128,7 +136,7 @@ class Model(nn.Module):
         """The state before the first token."""
         device = self.embedding.weight.device
         return ModelState(torch.zeros(batch_size, dtype=torch.int64, device=device),
-                          tuple(b.initial_state(batch_size, device=device) for b in self.blocks))
+                          tuple(b.initial_state(batch_size, device=device) for b in self._stack()))
 
     def num_params(self) -> int:
         """Parameters, tied ones once."""
@@ -142,7 +150,7 @@ class Model(nn.Module):
         c = self.config
         flops = 2 * c.d_model * c.vocab_size * length
         state_bytes = 8
-        for block in self.blocks:
+        for block in self._stack():
             cost = block.cost(length)
             flops, state_bytes = flops + cost.flops, state_bytes + cost.state_bytes
         params = self.num_params()
@@ -165,7 +173,7 @@ class Model(nn.Module):
         return generate(self, prompt, max_new_tokens, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path` (tied weights once)."""
+        """Write `config.json` and `model.safetensors` into the folder `path`; tied weights once."""
         from safetensors.torch import save_file
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)

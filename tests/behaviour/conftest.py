@@ -8,7 +8,7 @@ import pytest
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "behaviour.json"
 
 
-@pytest.fixture()
+@pytest.fixture
 def record():
     """`record(claim, paper, figure)`: what was claimed, where, and what was measured here."""
     def write(claim, paper, **figures):

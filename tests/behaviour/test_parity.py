@@ -6,7 +6,6 @@ eigenvalues solve parity (1.0 of scaled accuracy), Transformers and Mamba with e
 """
 
 import pytest
-
 from tests.behaviour import runs
 
 pytestmark = pytest.mark.slow

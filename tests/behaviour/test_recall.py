@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.behaviour import runs
 
 import manyform
 import manyform.data
-from tests.behaviour import runs
 
 pytestmark = pytest.mark.slow
 PAIRS, SYMBOLS = 12, 48

@@ -38,7 +38,7 @@ ENTRIES: dict[str, Entry] = {e.name: e for e in [
     _entry("llama", 2023, "Touvron et al., LLaMA, arXiv:2302.13971", "attention", "attention",
            position="rotary"),
     _entry("retnet", 2023, "Sun et al., Retentive network, arXiv:2307.08621", "linear attention",
-           "retention"),
+           "retention", channel="mlp", expansion=2.0),
     _entry("mistral", 2023, "Jiang et al., Mistral 7B, arXiv:2310.06825", "attention", "attention",
            "window and grouped keys in the published proportions", position="rotary", window=256,
            kv_groups=4),

@@ -54,6 +54,6 @@ class Entry:
         from manyform.model import Model
         with torch.device("meta"):
             model = Model(configure(self, vocab_size=2, d_model=64, n_layers=len(parse(self))))
-        growths = [block.mixer.growth for block in model.blocks]
+        growths = [mixer.growth for mixer in model.mixers]
         return (model.causal, max((g[0] for g in growths), key=_STATE_ORDER.index),
                 max((g[1] for g in growths), key=_COST_ORDER.index))

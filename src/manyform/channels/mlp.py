@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,9 @@ from manyform.ops.gelu import gelu_tanh
 from manyform.ops.swiglu import swiglu
 from manyform.state import State
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh,
-               "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu}
 
 
 class _Feedforward(Mixer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyform import state as states
-from manyform.contract import param_hints
+from manyform.contract import SequenceMixer, param_hints
 from manyform.errors import ManyformError
 from manyform.laws.compare import TOLERANCE, distance, require_close, require_states_close
 from manyform.laws.report import LawError
@@ -49,7 +50,7 @@ def streaming(subject: Subject, length: int) -> str:
 
     whole, whole_state, whole_grads = run([length])
     cuts = subject.integers(1, length, min(4, length - 1))
-    random = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+    random = [b - a for a, b in itertools.pairwise([0, *cuts, length])]
     worst = 0.0
     for name, pieces in (("random cuts", random), ("token by token", [1] * length)):
         y, state, grads = run(pieces)
@@ -103,7 +104,7 @@ def packing(subject: Subject, length: int) -> str:
         after, _ = subject(follow, states.detach(state))
     worst = 0.0
     for row, edges in enumerate(bounds):
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
+        for a, b in itertools.pairwise(edges):
             piece = x[row:row + 1, a:b].detach().requires_grad_()
             alone, alone_state = subject(piece)
             w = weights[row:row + 1, a:b]
@@ -149,8 +150,9 @@ def fork(subject: Subject, length: int) -> str:
             before = states.clone(states.detach(state))
             first, mine = subject(x, state)
             mine_before = states.clone(states.detach(mine))
+            other_fork = state
             for t in range(6):
-                _, state_b = subject(other[:, t:t + 1], state if t == 0 else state_b)
+                _, other_fork = subject(other[:, t:t + 1], other_fork)
             again, _ = subject(x, state)
         if not states.equal(states.detach(state), before):
             raise LawError("the state was changed in place by using it")
@@ -216,9 +218,9 @@ def cost(subject: Subject, length: int) -> str:
             raise LawError(f"at length {n} the state takes {states.nbytes(state)} bytes, "
                            f"declared {declared.state_bytes}")
     sizes = [subject.cost(n).state_bytes for n in (1, 4 * length, 8 * length)]
-    growth = max((m.growth[0] for m in subject.mixers),  # type: ignore[attr-defined]
-                 key=("none", "constant", "window", "linear").index) if all(
-                     hasattr(m, "growth") for m in subject.mixers) else None
+    order = ("none", "constant", "window", "linear")
+    declared_growths = [m.growth[0] for m in subject.mixers if isinstance(m, SequenceMixer)]
+    growth = max(declared_growths, key=order.index, default=None)  # a channel declares none
     grows = {"none": sizes[2] == sizes[0], "constant": sizes[2] == sizes[0],
              "window": sizes[0] <= sizes[1] == sizes[2], "linear": sizes[2] > sizes[1]}
     if growth is not None and not grows[growth]:

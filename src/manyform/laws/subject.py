@@ -49,7 +49,7 @@ class Subject:
     def mixers(self) -> list[Mixer]:
         """The sequence mixers inside."""
         if isinstance(self.module, Model):
-            return [block.mixer for block in self.module.blocks]  # type: ignore[misc]
+            return list(self.module.mixers)
         return [self.module]
 
     def __call__(self, x: Tensor, state: State = None, reset: Tensor | None = None,

@@ -60,9 +60,9 @@ class Attention(SequenceMixer):
     cost_growth = "quadratic"
 
     def __init__(self, d_model: int, *, place: Place = Place(), n_heads: int | None = None,
-                 head_dim: int | None = None, kv_heads: int | None = None, kv_groups: int | None = None,
-                 window: int | None = None, sinks: int = 0, qk_norm: bool = False,
-                 position: str = "rotary", rope_base: float = 10000.0,
+                 head_dim: int | None = None, kv_heads: int | None = None,
+                 kv_groups: int | None = None, window: int | None = None, sinks: int = 0,
+                 qk_norm: bool = False, position: str = "rotary", rope_base: float = 10000.0,
                  rope_scaling: Mapping[str, Any] | None = None, bias: bool = False) -> None:
         super().__init__(d_model, place=place)
         if position not in POSITIONS:

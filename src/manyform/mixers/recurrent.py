@@ -34,7 +34,7 @@ class _Recurrent(SequenceMixer):
     (Saxe 2014), which keep the gradient's length over time.
     """
 
-    cell: ClassVar[str]
+    cell: str
     state_type: ClassVar[type] = HiddenState
 
     def __init__(self, d_model: int, *, place: Place = Place()) -> None:

@@ -22,8 +22,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     given dtype, by default that of x.
     """
     wide = torch.promote_types(x.dtype, weight.dtype)
-    parts = [None if p is None else p.to(wide) for p in (weight, bias)]
-    y = F.layer_norm(x.to(wide), (x.shape[-1],), *parts, eps)
+    shift = None if bias is None else bias.to(wide)
+    y = F.layer_norm(x.to(wide), (x.shape[-1],), weight.to(wide), shift, eps)
     return y.to(dtype or x.dtype)
 
 

@@ -54,7 +54,8 @@ def matrix_recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None 
         kept = s
         if log_decay is not None:
             g = log_decay if log_decay.ndim == 1 else log_decay[:, t]
-            kept = s * g.to(wide).exp().reshape(*g.shape, *([1] * (4 - g.ndim if g.ndim > 1 else 2)))
+            ones = [1] * (4 - g.ndim if g.ndim > 1 else 2)
+            kept = s * g.to(wide).exp().reshape(*g.shape, *ones)
         if a_ is not None and b_ is not None:
             kept = kept + b_[:, t, :, :, None] * (a_[:, t, :, :, None] * s).sum(2, keepdim=True)
         s = kept + k_[:, t, :, :, None] * v_[:, t, :, None, :]

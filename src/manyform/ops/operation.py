@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,7 @@ from manyform.errors import ManyformError, unknown
 
 _registry: dict[str, Operation] = {}
 _traces: list[Counter[tuple[str, str]]] = []
-_forced: ContextVar[dict[str, str]] = ContextVar("forced", default={})
+_forced: ContextVar[Mapping[str, str]] = ContextVar("forced", default=MappingProxyType({}))
 _counters: list[FlopCount] = []
 
 
@@ -156,7 +157,8 @@ class FlopCount(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = getattr(func, "_overloadpacket", None)
         if not self.paused and packet in flop_registry:
-            self.add(packet.__name__, flop_registry[packet](*args, **(kwargs or {}), out_val=out))
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self.add(func.__name__.split(".")[0], flops)
         return out
 
     def __enter__(self) -> FlopCount:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -76,8 +78,9 @@ def _fused(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
 
 def _library(x: Tensor, batch_sizes: Tensor | None, state: Carried, weights: Weights, cell: str,
              ) -> tuple[Tensor, Carried]:
-    kernel = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu, "gru": torch.gru,
-              "lstm": torch.lstm}[cell]
+    kernels: dict[str, Any] = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu, "gru": torch.gru,
+              "lstm": torch.lstm}
+    kernel = kernels[cell]
     hidden = tuple(s[None] for s in state)
     start = list(hidden) if cell == "lstm" else hidden[0]
     training = torch.is_grad_enabled()

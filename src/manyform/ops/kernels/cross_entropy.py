@@ -23,7 +23,7 @@ _LOG2E = np.float32(1.4426950408889634)
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def loss_and_gradient(logits, targets, ignore, vocab, losses):  # noqa: ANN001, ANN201
+def loss_and_gradient(logits, targets, ignore, vocab, losses):
     """losses[i] = logsumexp(row i) - row[target]; the row becomes softmax - one-hot, or zeros
     where the target is `ignore`."""
     whole = vocab - vocab % WIDTH

@@ -14,7 +14,7 @@ _CUBIC = np.float32(2 * 0.7978845608028654 * 0.044715)
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def forward(x, y):  # noqa: ANN001, ANN201
+def forward(x, y):
     """x, y: flat arrays whose length is a multiple of 16."""
     for block in numba.prange((x.size + _BLOCK - 1) // _BLOCK):
         for j in range(block * _BLOCK, min((block + 1) * _BLOCK, x.size), WIDTH):
@@ -23,7 +23,7 @@ def forward(x, y):  # noqa: ANN001, ANN201
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def backward(g, x, dx):  # noqa: ANN001, ANN201
+def backward(g, x, dx):
     """d/dx x s(w) = s + x s (1 - s) w', w = a x + c x^3."""
     three, one = np.float32(3), np.float32(1)
     for block in numba.prange((x.size + _BLOCK - 1) // _BLOCK):

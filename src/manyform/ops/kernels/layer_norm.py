@@ -9,7 +9,7 @@ from manyform.ops.kernels.lanes import FAST, WIDTH, load, splat, store, total
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def forward(x, weight, bias, eps, y, mean, inverse):  # noqa: ANN001, ANN201
+def forward(x, weight, bias, eps, y, mean, inverse):
     """x, y: flat rows of weight.size elements; bias: like weight, or empty; mean, inverse: (rows,)
     get each row's mean and 1 / standard deviation."""
     d = weight.size
@@ -34,7 +34,7 @@ def forward(x, weight, bias, eps, y, mean, inverse):  # noqa: ANN001, ANN201
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def backward(g, x, weight, mean, inverse, dx, d_weight, d_bias):  # noqa: ANN001, ANN201
+def backward(g, x, weight, mean, inverse, dx, d_weight, d_bias):
     """With n the normalised row and h = g w: dx = r (h - mean(h) - n mean(h n)); d_weight and
     d_bias, (blocks, d), get the sums of g n and of g over the block's rows."""
     d, rows, blocks = weight.size, inverse.size, d_weight.shape[0]

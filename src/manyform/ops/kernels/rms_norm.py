@@ -9,7 +9,7 @@ from manyform.ops.kernels.lanes import FAST, WIDTH, load, splat, store, total
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def forward(x, weight, eps, y, inverse):  # noqa: ANN001, ANN201
+def forward(x, weight, eps, y, inverse):
     """x, y: flat rows of weight.size elements; inverse: (rows,) gets 1 / rms."""
     d = weight.size
     for row in numba.prange(inverse.size):
@@ -26,7 +26,7 @@ def forward(x, weight, eps, y, inverse):  # noqa: ANN001, ANN201
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def backward(g, x, weight, inverse, dx, partial):  # noqa: ANN001, ANN201
+def backward(g, x, weight, inverse, dx, partial):
     """dx = r (g w) - x r^3 mean(g w x); partial: (blocks, d) gets sums of g x r over its rows."""
     d, rows, blocks = weight.size, inverse.size, partial.shape[0]
     for block in numba.prange(blocks):

@@ -7,8 +7,9 @@ import numpy as np
 
 from manyform.ops.kernels.lanes import FAST, WIDTH, load, sigmoid, splat, store
 
+
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def forward(x, y, rows, h):  # noqa: ANN001, ANN201
+def forward(x, y, rows, h):
     """x: flat rows of 2 h (gate, up); y: flat rows of h."""
     for row in numba.prange(rows):
         at, to = row * 2 * h, row * h
@@ -18,7 +19,7 @@ def forward(x, y, rows, h):  # noqa: ANN001, ANN201
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def backward(g, x, dx, rows, h):  # noqa: ANN001, ANN201
+def backward(g, x, dx, rows, h):
     """d gate = g up s (1 + gate (1 - s)), d up = g gate s, with s = sigmoid(gate)."""
     one = np.float32(1)
     for row in numba.prange(rows):

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
 from manyform.ops.matrix_recurrence import matrix_recurrence
+from manyform.ops.rwkv_keys import rwkv_keys
+from manyform.ops.rwkv_output import rwkv_output
 from manyform.ops.token_shift import token_shift
-
-DECAY_SCALE = -math.exp(-0.5)
-"""Log decays lie in (-exp(-1/2), 0): a channel keeps at least 54.5% a step (Peng 2025, eq. 12)."""
+from manyform.ops.value_mix import value_mix
 
 
 class RWKV7State(NamedTuple):
@@ -91,31 +90,22 @@ class RWKV7(SequenceMixer):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         (xr, xd, xk, xv, xa, xg), last = token_shift(
             x, self.shift, None if state is None else state.last, reset)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        log_decay = DECAY_SCALE * torch.sigmoid(
-            self.w0 + (torch.tanh(xd @ self.w1) @ self.w2).to(wide))
-        rate = torch.sigmoid(self.a0 + (xa @ self.a1 @ self.a2).to(wide)).to(k.dtype)
+        decay = torch.tanh(xd @ self.w1) @ self.w2
+        log_decay, removal, replacement, k = rwkv_keys(
+            k, decay, xa @ self.a1 @ self.a2, self.w0, self.a0, self.k_k, self.k_a, self.n_heads)
         gate = torch.sigmoid(xg @ self.g1) @ self.g2
         shared = {} if shared is None else shared
         if self.place.index:
             first = shared.get("rwkv7_first_value", v)
-            mix = torch.sigmoid(self.v0 + (xv @ self.v1 @ self.v2).to(wide)).to(v.dtype)
-            v = torch.lerp(v, first, mix)
+            v = value_mix(v, first, xv @ self.v1 @ self.v2, self.v0)
         shared.setdefault("rwkv7_first_value", v)
-        kappa = F.normalize((k * self.k_k.to(k.dtype)).view(heads), dim=-1, eps=1e-12)
-        k = (k * (1 + (rate - 1) * self.k_a.to(k.dtype))).view(heads)
         r, v = r.view(heads), v.view(heads)
-        y, memory = matrix_recurrence(r, k, v, log_decay.view(heads),
-                                      (-kappa, kappa * rate.view(heads)),
+        y, memory = matrix_recurrence(r, k, v, log_decay, (removal, replacement),
                                       None if state is None else state.memory, reset)
-        # group norm of each head, with the released code's epsilon of 64e-5 for heads of 64
-        y = F.layer_norm(y.to(wide), (self.head_dim,), eps=1e-5 * self.head_dim)
-        y = y.flatten(2) * self.norm_weight + self.norm_bias
-        bonus = (r * k * self.r_k.to(r.dtype)).sum(-1, keepdim=True) * v
-        y = (y.to(x.dtype) + bonus.flatten(2)) * gate
+        y = rwkv_output(y, r, k, v, gate, self.norm_weight, self.norm_bias, self.r_k)
         return self.output(y), RWKV7State(last, memory)
 
     def initial_state(self, batch_size: int, *, device: Any = None) -> RWKV7State:

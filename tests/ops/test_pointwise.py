@@ -1,0 +1,74 @@
+"""Compiled passes around the recurrences against their equations: values and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from manyform.ops import use
+from manyform.ops.kernels import available
+from manyform.ops.rwkv_keys import rwkv_keys
+from manyform.ops.rwkv_output import rwkv_output
+from manyform.ops.token_shift import token_shift
+from manyform.ops.value_mix import value_mix
+
+pytestmark = pytest.mark.skipif(not available(), reason="numba is not installed")
+B, T, H, N = 2, 35, 2, 32
+D = H * N
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compare(operation, tensors, rest, floats, dtype, plain=lambda out: out):
+    """tensors: float32; all but those whose index is in `floats` are cast. Equal to the reference
+    in float64, within the rounding of the dtype."""
+    results = []
+    for path, kind in (("reference", torch.float64), ("numba", dtype)):
+        leaves = [x.to(dtype if i not in floats else x.dtype) for i, x in enumerate(tensors)]
+        leaves = [x.to(torch.float64) if kind == torch.float64 else x for x in leaves]
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        with use(**{operation.name: path}):
+            out = plain(operation(*leaves, *rest))
+        outs = out if isinstance(out, tuple) else (out,)
+        loss = sum((y * normal(*y.shape, seed=i).to(y.dtype)).sum() for i, y in enumerate(outs))
+        results.append((*outs, *torch.autograd.grad(loss, leaves)))
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+    for i, (slow, fast) in enumerate(zip(*results, strict=True)):
+        error = (fast.double() - slow).norm() / slow.norm().clamp(min=1e-12)
+        assert error < tolerance, f"result {i}: relative error {error:.1e}"
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@DTYPES
+@pytest.mark.parametrize("mixtures", [1, 6])
+@pytest.mark.parametrize("reset", [False, True])
+def test_token_shift(dtype, mixtures, reset):
+    starts = normal(B, T) > 1.2 if reset else None
+    if starts is not None:
+        starts[0, 0] = True
+    compare(token_shift, [normal(B, T, D), normal(mixtures, D, seed=1), normal(B, D, seed=2)],
+            [starts], (1, 2), dtype, lambda out: (*out[0], out[1]))
+
+
+@DTYPES
+def test_rwkv_keys(dtype):
+    rows = [normal(B, T, D, seed=i) for i in range(3)]
+    params = [normal(D, seed=5 + i) for i in range(4)]
+    compare(rwkv_keys, [*rows, *params], [H], (3, 4, 5, 6), dtype)
+
+
+@DTYPES
+def test_rwkv_output(dtype):
+    rows = [normal(B, T, H, N, seed=i) for i in range(4)]
+    params = [normal(D, seed=5), normal(D, seed=6), normal(H, N, seed=7)]
+    compare(rwkv_output, [*rows, normal(B, T, D, seed=8), *params], [], (5, 6, 7), dtype)
+
+
+@DTYPES
+def test_value_mix(dtype):
+    compare(value_mix, [*(normal(B, T, D, seed=i) for i in range(3)), normal(D, seed=4)], [], (3,),
+            dtype)

@@ -6,10 +6,12 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
 
 
@@ -45,7 +47,7 @@ def implicit_filter(length: int, weights: Sequence[Tensor], biases: Sequence[Ten
 
     weights: W_0 (E, 2M + 1), hidden (E, E), last (D, E); biases: one (E,) a weight but the last;
     frequency: (E,); decay, skip: (D,). Returns (D, length) in the dtype of the weights, computed
-    outside autocast. memo: where the "kept" path remembers the filter between calls.
+    outside autocast, except that the "windowed" path under autocast to bfloat16 gives that. memo: where the "kept" path remembers the filter between calls.
     """
     t, h = _features(length, weights[0].shape[1], reference_length, weights[0].dtype,
                      weights[0].device)
@@ -76,6 +78,59 @@ def _window(t: Tensor, decay: Tensor) -> Tensor:
     size = math.isqrt(length - 1) + 1
     coarse, fine = (torch.exp(-decay[:, None] * part) for part in (t[::size], t[:size]))
     return (coarse[:, :, None] * fine[:, None]).flatten(1)[:, :length]
+
+
+def _windowed_applies(length: int, weights: Sequence[Tensor], biases: Sequence[Tensor],
+                      frequency: Tensor, decay: Tensor, *_: object, **__: object) -> bool:
+    """Training under autocast to bfloat16 on a CPU."""
+    return (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            and usable(*weights, decay) and weights[-1].dtype == torch.float32
+            and weights[-1].shape[0] % 16 == 0 and length >= 256 and not decay.requires_grad)
+
+
+@implicit_filter.path("windowed", when=_windowed_applies)
+def _windowed(length: int, weights: Sequence[Tensor], biases: Sequence[Tensor],
+              frequency: Tensor, decay: Tensor, shift: float, skip: Tensor,
+              reference_length: int, memo: FilterMemo | None = None) -> Tensor:
+    """Times as rows; hidden layers in float32, whose sines magnify errors, the last in bfloat16."""
+    _, z = _features(length, weights[0].shape[1], reference_length, weights[0].dtype,
+                     weights[0].device)
+    with torch.autocast("cpu", enabled=False):
+        h = z.T
+        for w, b in zip(weights[:-1], biases, strict=True):
+            h = torch.sin(torch.addmm(b, h, w.T) * frequency)
+        return _LastLayer.apply(h, weights[-1], decay, shift, skip, reference_length).T
+
+
+class _LastLayer(torch.autograd.Function):
+    """k = h W^T * window, and skip at the first time: h (L, E), W (D, E) -> (L, D) bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, decay: Tensor, shift: float, skip: Tensor,
+                reference_length: int) -> Tensor:
+        ctx.window = decay, 1 / max(1, reference_length - 1), shift
+        half, weight = h.to(torch.bfloat16), weight.to(torch.bfloat16)
+        k = _apply_window(torch.mm(half, weight.T), *ctx.window)
+        k[0] += skip
+        ctx.save_for_backward(half, weight)
+        return k
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dk: Tensor) -> tuple[Tensor | None, ...]:
+        half, weight = ctx.saved_tensors
+        g = _apply_window(dk.to(torch.bfloat16).contiguous(), *ctx.window)
+        dh, dweight = torch.mm(g, weight).float(), torch.mm(g.T, half).float()
+        return dh, dweight, None, None, dk[0].float(), None
+
+
+def _apply_window(x: Tensor, decay: Tensor, unit: float, shift: float) -> Tensor:
+    from manyform.ops.kernels import implicit_filter as kernel
+    from manyform.ops.kernels.lanes import flat
+    y = torch.empty_like(x)
+    threads()
+    kernel.window(flat(x), flat(decay), unit, shift, flat(y), x.shape[0])
+    return y
 
 
 def _remembers(*args: object, memo: FilterMemo | None = None) -> bool:

@@ -6,7 +6,7 @@ ifeq ($(OS),Windows_NT)
   BIN := $(VENV)/Scripts
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-ARCHS ?= lstm,llama,mamba2,gated_delta_net,s4d,hyena
+ARCHS ?= llama,mamba2,gated_delta_net,lstm,s4d,hyena
 BUDGET ?= 4m
 
 .PHONY: demo test test-slow check bench docs clean

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from manyform.ops import use
+from manyform.ops.delta_keys import delta_keys
+from manyform.ops.gated_norm import gated_norm
 from manyform.ops.kernels import available
+from manyform.ops.relu_squared import relu_squared
 from manyform.ops.rwkv_keys import rwkv_keys
 from manyform.ops.rwkv_output import rwkv_output
 from manyform.ops.token_shift import token_shift
@@ -72,3 +75,34 @@ def test_rwkv_output(dtype):
 def test_value_mix(dtype):
     compare(value_mix, [*(normal(B, T, D, seed=i) for i in range(3)), normal(D, seed=4)], [], (3,),
             dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("most", [1.0, 2.0])
+def test_delta_keys(dtype, most):
+    rows = [normal(B, T, H * (2 * N + 48)), normal(B, T, H, seed=1), normal(B, T, H, seed=2)]
+    compare(delta_keys, [*rows, normal(H, seed=3), normal(H, seed=4)], [N, most], (3, 4), dtype)
+
+
+@DTYPES
+def test_delta_keys_without_decay(dtype):
+    rows = [normal(B, T, H * (2 * N + 48)), normal(B, T, H, seed=1)]
+    compare(delta_keys, rows, [None, None, None, N, 1.0], (), dtype, lambda out: out[:4])
+
+
+@DTYPES
+def test_gated_norm(dtype):
+    compare(gated_norm, [normal(B, T, H, N), normal(B, T, D, seed=1), normal(N, seed=2)], [1e-5],
+            (2,), dtype)
+
+
+def test_gate_that_is_part_of_a_projection():
+    y, wide, weight = normal(B, T, H, N), normal(B, T, D + 16, seed=1), normal(N, seed=2)
+    gate = wide[..., 16:]
+    torch.testing.assert_close(gated_norm(y, gate, weight, 1e-5),
+                               gated_norm.reference(y, gate, weight, 1e-5))
+
+
+@DTYPES
+def test_relu_squared(dtype):
+    compare(relu_squared, [normal(B, 2 * T, D)], [], (), dtype)

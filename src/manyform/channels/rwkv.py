@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from manyform.contract import Cost, Mixer, Place, channel
 from manyform.errors import ManyformError
+from manyform.ops.relu_squared import relu_squared
 from manyform.ops.token_shift import token_shift
 
 
@@ -38,7 +39,7 @@ class RWKVChannel(Mixer):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         (mixed,), last = token_shift(x, self.shift[None], state, reset)
-        return self.value(torch.relu(self.key(mixed)).square()), last
+        return self.value(relu_squared(self.key(mixed))), last
 
     def initial_state(self, batch_size: int, *, device: Any = None) -> Tensor:
         wide = torch.float64 if self.shift.dtype == torch.float64 else torch.float32

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from manyform.contract import Cost, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
 from manyform.init import linear, residual_std
 from manyform.norms import RMSNorm
+from manyform.ops.delta_keys import delta_keys
+from manyform.ops.gated_norm import gated_norm
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.short_conv import short_conv
 
@@ -63,30 +64,19 @@ class _DeltaRule(SequenceMixer):
 
     def forward(self, x: Tensor, state: DeltaNetState | None = None, *,
                 reset: Tensor | None = None) -> tuple[Tensor, DeltaNetState]:
-        batch, length, _ = x.shape
-        heads, size = self.n_heads, self.head_dim
         qkv, gate, beta, alpha = self.in_proj(x).split(self.widths, dim=-1)
         qkv, conv = short_conv(qkv, self.conv, state=None if state is None else state.conv,
                                reset=reset, activation="silu")
-        qk, v = qkv.split([2 * heads * size, heads * self.value_dim], dim=-1)
-        qk = qk.view(batch, length, 2 * heads, size)
-        wide = qk if qk.dtype == torch.float64 else qk.float()
-        length_of = torch.rsqrt(wide.square().sum(-1) + 1e-6)
-        beta = torch.sigmoid(beta.to(wide.dtype)) * (2 if self.negative_eigenvalues else 1)
-        g, kept = None, torch.ones_like(beta)
-        if self.A_log is not None:
-            g = -self.A_log.exp() * F.softplus(alpha.to(wide.dtype) + self.dt_bias)
-            kept = g.exp()
-        q_length, k_length = length_of.split(heads, dim=-1)
-        q, k = qk.split(heads, dim=2)
-        q = q * q_length[..., None].to(q.dtype)
-        erase = k * (-kept * k_length)[..., None].to(q.dtype)
-        k = k * (beta * k_length)[..., None].to(q.dtype)
-        y, memory = matrix_recurrence(q, k, v.view(batch, length, heads, -1), g, (erase, k),
-                                      None if state is None else state.memory, reset, size**-0.5)
-        y = self.norm(y).flatten(2)
+        decay = (None, None, None) if self.A_log is None else (alpha, self.A_log, self.dt_bias)
+        q, k, v, erase, g = delta_keys(qkv, beta, *decay, self.head_dim,
+                                       2.0 if self.negative_eigenvalues else 1.0)
+        y, memory = matrix_recurrence(q, k, v, g, (erase, k),
+                                      None if state is None else state.memory, reset,
+                                      self.head_dim**-0.5)
         if self.output_gate:
-            y = F.silu(gate) * y
+            y = gated_norm(y, gate, self.norm.weight, self.norm.eps)
+        else:
+            y = self.norm(y).flatten(2)
         return self.out_proj(y), DeltaNetState(conv, memory)
 
     def initial_state(self, batch_size: int, *, device: Any = None) -> DeltaNetState:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manyform.ops import use
-from manyform.ops.implicit_filter import implicit_filter
+from manyform.ops.implicit_filter import implicit_filter, reach
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1])
@@ -24,3 +24,17 @@ def test_windowed_equals_reference(shift):
     assert results[0][0].dtype == torch.bfloat16
     for got, want in zip(*results, strict=True):
         assert (got.double() - want).norm() < 1e-2 * want.norm()
+
+
+def test_filters_end_where_reach_says():
+    length, d = 600, 16
+    w = [torch.randn(8, 5), torch.randn(d, 8)]
+    decay = torch.linspace(3, 60, d)
+    with torch.autocast("cpu", torch.bfloat16), use(implicit_filter="windowed"):
+        k = implicit_filter(length, w, [torch.zeros(8)], torch.ones(8), decay, 0.0,
+                            torch.zeros(d), 40)
+    ends = reach(decay, 0.0, 40)
+    assert int(ends.min()) < length
+    for c in range(d):
+        assert not k[c, int(ends[c]):].any()
+    assert reach(decay, 0.1, 40) is None

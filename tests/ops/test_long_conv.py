@@ -126,3 +126,23 @@ def test_gates_around_the_tiles():
         results[-1] += torch.autograd.grad((gated_conv(*inputs)[1] * wz).sum(), inputs[:1])
     for got, want in zip(*results, strict=True):
         assert (got.double() - want).norm() < 8e-3 * want.norm()
+
+
+@needs_tiles
+def test_filters_that_end():
+    """Lags beyond the reach are left out, forward and back, wherever the reach falls."""
+    torch.manual_seed(0)
+    length = 3000
+    u = torch.randn(2, length, 96).bfloat16().requires_grad_()
+    reach = torch.cat([torch.randint(1, 700, (16,)), torch.full((16,), 1500)])
+    inside = torch.arange(length) < reach[:, None]
+    k = (torch.randn(32, length) * inside / 30).requires_grad_()
+    wy = torch.randn(2, length, 32)
+    results = []
+    for ends in (reach, None):
+        y, _ = gated_conv(u, k, ends)
+        results.append([y, *torch.autograd.grad((y * wy).sum(), [u, k])])
+    results[1][2] = results[1][2] * inside
+    results[0][2] = results[0][2] * inside
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() < 1e-4 * want.norm()

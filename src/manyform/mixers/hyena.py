@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
 from manyform.init import linear, residual_std
-from manyform.ops.implicit_filter import FilterMemo, filter_flops, implicit_filter
+from manyform.ops.implicit_filter import FilterMemo, filter_flops, implicit_filter, reach
 from manyform.ops.long_conv import gated_conv, long_conv_flops
 from manyform.ops.online_conv import ConvState, online_conv
 from manyform.ops.short_conv import short_conv
@@ -50,6 +50,7 @@ class Hyena(SequenceMixer):
     cost_growth = "T log T"
     # A Fourier transform spreads rounding over the whole sequence (about 1e-7, backwards too).
     exactly_causal = False
+    decay: Tensor
 
     def __init__(self, d_model: int, *, place: Place = Place(), max_length: int = 1024,
                  filter_width: int = 64, filter_layers: int = 3, filter_features: int = 33,
@@ -96,7 +97,11 @@ class Hyena(SequenceMixer):
         short, long = (None, None) if state is None else state
         u, short = short_conv(self.in_proj(x), self.short_weight, self.short_bias, short, reset)
         if long is None and reset is None:
-            y, z = gated_conv(u, self.kernel(x.shape[1]))
+            k = self.kernel(x.shape[1])
+            # Filters in bfloat16 come from a path that ends them where they no longer count.
+            ends = (reach(self.decay, self.shift, self.max_length) if k.dtype == torch.bfloat16
+                    else None)
+            y, z = gated_conv(u, k, ends)
             wide = torch.float64 if z.dtype == torch.float64 else torch.float32
             start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
             return self.out_proj(y), HyenaState(short, ConvState(z.to(wide), start))

@@ -47,7 +47,8 @@ def implicit_filter(length: int, weights: Sequence[Tensor], biases: Sequence[Ten
 
     weights: W_0 (E, 2M + 1), hidden (E, E), last (D, E); biases: one (E,) a weight but the last;
     frequency: (E,); decay, skip: (D,). Returns (D, length) in the dtype of the weights, computed
-    outside autocast, except that the "windowed" path under autocast to bfloat16 gives that. memo: where the "kept" path remembers the filter between calls.
+    outside autocast, except that the "windowed" path under autocast to bfloat16 gives that. memo:
+    where the "kept" path remembers the filter between calls.
     """
     t, h = _features(length, weights[0].shape[1], reference_length, weights[0].dtype,
                      weights[0].device)
@@ -100,6 +101,17 @@ def _windowed(length: int, weights: Sequence[Tensor], biases: Sequence[Tensor],
         for w, b in zip(weights[:-1], biases, strict=True):
             h = torch.sin(torch.addmm(b, h, w.T) * frequency)
         return _LastLayer.apply(h, weights[-1], decay, shift, skip, reference_length).T
+
+
+def reach(decay: Tensor, shift: float, reference_length: int) -> Tensor | None:
+    """The lag from which the "windowed" path gives zero, (D,) int64; None if it never does.
+
+    There the window has fallen to 2^-30, far below the rounding of a bfloat16 sum.
+    """
+    if shift != 0:
+        return None
+    steps = 30 * math.log(2) * max(1, reference_length - 1) / decay.detach().double()
+    return steps.ceil().long() + 1
 
 
 class _LastLayer(torch.autograd.Function):

@@ -196,20 +196,29 @@ def _scratch(n: int, copies: int) -> tuple[Any, Any, Any]:
             torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2"))
 
 
-def _convolve(x: Tensor, k: Tensor) -> Tensor:
+def _convolve(x: Tensor, k: Tensor, reach: Tensor | None = None) -> Tensor:
     from manyform.ops.kernels import long_conv as kernels
     from manyform.ops.kernels.lanes import flat
     y, n = torch.empty_like(x), kernels.padded(x.shape[1])
-    kernels.forward(flat(x), flat(k), flat(y), tuple(x.shape), n, *_scratch(n, 1))
+    kernels.forward(flat(x), flat(k), _groups(reach, x), flat(y), tuple(x.shape), n,
+                    *_scratch(n, 1))
     return y
 
 
-def _gradients(g: Tensor, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _groups(reach: Tensor | None, x: Tensor) -> Any:
+    """The largest reach of each sixteen channels, at most the length of x (B, T, D)."""
+    if reach is None:
+        return torch.full((x.shape[2] // 16,), x.shape[1]).numpy()
+    return reach.view(-1, 16).amax(1).clamp(max=x.shape[1]).numpy()
+
+
+def _gradients(g: Tensor, x: Tensor, k: Tensor, reach: Tensor | None = None,
+               ) -> tuple[Tensor, Tensor]:
     from manyform.ops.kernels import long_conv as kernels
     from manyform.ops.kernels.lanes import flat
     dx, dk, n = torch.empty_like(x), torch.empty_like(k), kernels.padded(x.shape[1])
-    kernels.backward(flat(g), flat(x), flat(k), flat(dx), flat(dk), tuple(x.shape), n,
-                     *_scratch(n, 2))
+    kernels.backward(flat(g), flat(x), flat(k), _groups(reach, x), flat(dx), flat(dk),
+                     tuple(x.shape), n, *_scratch(n, 2))
     return dx, dk
 
 
@@ -228,22 +237,31 @@ class _TiledConv(torch.autograd.Function):
         return _gradients(g.contiguous(), *ctx.saved_tensors)
 
 
-@operation(flops=lambda u, k: long_conv_flops(u.shape[0], u.shape[1], u.shape[2] // 3))
-def gated_conv(u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_flops(u: Tensor, k: Tensor, reach: Tensor | None = None) -> int:
+    return long_conv_flops(u.shape[0], u.shape[1], u.shape[2] // 3)
+
+
+@operation(flops=_gated_flops)
+def gated_conv(u: Tensor, k: Tensor, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y = x0 * long_conv(z, k) and z = x1 * v, with u = (x0, x1, v) side by side.
 
     The Hyena operator of order 2 (Poli 2023, definition 3.1) for whole sequences.
-    u: (B, T, 3 D); k: (D, L), L at least T. Returns y and z, (B, T, D) in the dtype of u.
+    u: (B, T, 3 D); k: (D, L), L at least T; reach: (D,) int64, where from k is zero for good, so
+    that no gradient of it is asked for there, or None. Returns y, z: (B, T, D) in the dtype of u.
     """
     x0, x1, v = u.chunk(3, dim=-1)
     z = x1 * v
     return x0 * long_conv(z, k), z
 
 
-@gated_conv.path("tiles", when=lambda u, k: _tileable(u, k) and u.shape[2] % 48 == 0)
-def _gated_tiles(u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _gates_tileable(u: Tensor, k: Tensor, reach: Tensor | None = None) -> bool:
+    return u.shape[2] % 48 == 0 and _tileable(u, k)
+
+
+@gated_conv.path("tiles", when=_gates_tileable)
+def _gated_tiles(u: Tensor, k: Tensor, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The convolution on tiles between two passes over memory."""
-    y, z = _GatedConv.apply(u, _by_time(k, u.shape[1]))
+    y, z = _GatedConv.apply(u, _by_time(k, u.shape[1]), reach)
     return y, z
 
 
@@ -251,7 +269,7 @@ class _GatedConv(torch.autograd.Function):
     """u (B, T, 3 D) and k (T, D), bfloat16."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, u: Tensor, k: Tensor, reach: Tensor | None) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import long_conv as kernels
         from manyform.ops.kernels.lanes import flat
         u = u.contiguous()
@@ -261,24 +279,25 @@ class _GatedConv(torch.autograd.Function):
         threads()
         kernels.multiply(u_, 3 * width, width, u_, 3 * width, 2 * width, batch * length, width,
                          flat(z))
-        conv = _convolve(z, k)
+        conv = _convolve(z, k, reach)
         kernels.multiply(u_, 3 * width, 0, flat(conv), width, 0, batch * length, width, flat(y))
-        ctx.save_for_backward(u, k, z, conv)
+        ctx.save_for_backward(u, k, z, conv, reach)
         ctx.set_materialize_grads(False)
         return y, z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dz_too: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor | None, dz_too: Tensor | None,
+                 ) -> tuple[Tensor | None, ...]:
         from manyform.ops.kernels import long_conv as kernels
         from manyform.ops.kernels.lanes import flat
-        u, k, z, conv = ctx.saved_tensors
+        u, k, z, conv, reach = ctx.saved_tensors
         rows, width = z.shape[0] * z.shape[1], z.shape[2]
         dy = torch.zeros_like(z) if dy is None else dy.to(z.dtype).contiguous()
         too = z.new_empty(0) if dz_too is None else dz_too.to(z.dtype).contiguous()
         du, g = torch.empty_like(u), torch.empty_like(z)
         threads()
         kernels.open_gates(flat(dy), flat(u), flat(conv), rows, width, flat(du), flat(g))
-        dz, dk = _gradients(g, z, k)
+        dz, dk = _gradients(g, z, k, reach)
         kernels.close_gates(flat(dz), flat(too), flat(u), rows, width, flat(du))
-        return du, dk
+        return du, dk, None

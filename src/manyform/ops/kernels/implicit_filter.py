@@ -8,15 +8,15 @@ import numpy as np
 from manyform.ops.kernels.lanes import FAST, WIDTH, exp2, load, maximum, splat, store
 
 _LOG2E = np.float32(1.4426950408889634)
-_FLOOR = np.float32(-100)
+_FLOOR = np.float32(-30)
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
 def window(x, decay, unit, shift, y, length):
     """y_l = x_l (exp(-decay l unit) + shift), rows l of decay.size channels.
 
-    Where the exponential is less than 2^-100 it counts as zero, so that nothing denormal, which
-    processors take a hundred times longer for, comes out of it.
+    The exponential is less by 2^-30 (1e-9), and zero where that would be negative: nothing
+    denormal, which processors take a hundred times longer for, comes out, and filters end.
     """
     d = decay.size
     zero, floor, offset = splat(np.float32(0)), splat(_FLOOR), splat(np.float32(shift))

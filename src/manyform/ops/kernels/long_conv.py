@@ -56,24 +56,29 @@ def _reverse(x, at, step, length, n, square, halves):
 @numba.njit(fastmath=FAST, cache=True)
 def _pair(x, at, step, length, n, backwards, square, words):
     """words[c, 32 + t] = the pair (x_t, x_{t+1}), zeros outside; backwards: of x reversed."""
+    now = splat(np.float32(0))
     for t0 in range(-SIDE, n + SIDE, WIDTH):
         for t in range(t0, t0 + WIDTH):
-            first, second = (length - 1 - t, length - 2 - t) if backwards else (t, t + 1)
-            store_pairs(square, (t - t0) * WIDTH, _row(x, at, step, first, length),
-                        _row(x, at, step, second, length))
+            after = _row(x, at, step, length - 2 - t if backwards else t + 1, length)
+            store_pairs(square, (t - t0) * WIDTH, now, after)
+            now = after
         turn(square, 0, WIDTH, words, SIDE + t0, n + 2 * SIDE)
 
 
 @numba.njit(cache=True)
-def _convolve(halves, words, n, fresh, out):
-    """out[c, t] = or += the convolution, for sixteen channels."""
+def _convolve(halves, words, n, begin, reach, fresh, out):
+    """out[c, t] = or += the convolution, for sixteen channels, from the block of t = begin on.
+
+    Lags from reach on are left out where whole tiles of them can be.
+    """
     for c in range(WIDTH):
         line = halves.ctypes.data + 2 * (c * (n + BLOCK + SIDE) + n)
         pairs = words.ctypes.data + 4 * c * (n + 2 * SIDE)
         to = out.ctypes.data + 4 * c * n
-        for t in range(0, n, BLOCK):
-            slide(to + 4 * t, 4 * SIDE, fresh, line - 2 * (t + SIDE), -2 * SIDE, 2 * SIDE,
-                  pairs, 64, 8, 4 * SIDE, t // SIDE + SIDE + 1)
+        for t in range(begin // BLOCK * BLOCK, n, BLOCK):
+            q = max(0, (t - reach) // SIDE)  # how many of the factors, q = -1 first, to leave out
+            slide(to + 4 * t, 4 * SIDE, fresh, line - 2 * (t + SIDE - q * SIDE), -2 * SIDE,
+                  2 * SIDE, pairs + 4 * q * SIDE, 64, 8, 4 * SIDE, t // SIDE + SIDE + 1 - q)
 
 
 @numba.njit(fastmath=FAST, cache=True)
@@ -87,9 +92,11 @@ def _unpack(out, length, n, backwards, square, y, at, step):
 
 
 @numba.njit(parallel=True, cache=True)
-def forward(x, k, y, shape, n, floats, words, halves):
-    """y = k * x; x, y (B, T, D), k (T, D). floats, words, halves: scratch a worker, see
-    `scratch`."""
+def forward(x, k, reach, y, shape, n, floats, words, halves):
+    """y = k * x; x, y (B, T, D), k (T, D), zero from reach (D / 16 groups of channels) on.
+
+    floats, words, halves: scratch a worker, see `scratch`.
+    """
     batch, length, width = shape
     groups, workers = width // WIDTH, floats.shape[0]
     for w in numba.prange(workers):
@@ -102,14 +109,14 @@ def forward(x, k, y, shape, n, floats, words, halves):
             for b in range(batch):
                 at = b * length * width + col
                 _pair(x, at, width, length, n, False, bits, pairs)
-                _convolve(halves[w], pairs, n, True, out)
+                _convolve(halves[w], pairs, n, 0, reach[group], True, out)
                 _unpack(out, length, n, False, square, y, at, width)
         release()
 
 
 @numba.njit(parallel=True, cache=True)
-def backward(g, x, k, dx, dk, shape, n, floats, words, halves):
-    """Gradients dx (B, T, D) and dk (T, D), given that of y."""
+def backward(g, x, k, reach, dx, dk, shape, n, floats, words, halves):
+    """Gradients dx (B, T, D) and dk (T, D), zero from reach on, given that of y."""
     batch, length, width = shape
     groups, workers = width // WIDTH, floats.shape[0]
     for w in numba.prange(workers):
@@ -121,13 +128,16 @@ def backward(g, x, k, dx, dk, shape, n, floats, words, halves):
         k_line, x_line = halves[w, :half], halves[w, half:]
         for group in range(w * groups // workers, (w + 1) * groups // workers):
             col = group * WIDTH
+            begin = max(0, length - reach[group]) // BLOCK * BLOCK
+            for c in range(WIDTH):
+                dk_sum[c * n:c * n + begin] = 0
             _reverse(k, col, width, length, n, square, k_line)
             for b in range(batch):
                 at = b * length * width + col
                 _reverse(x, at, width, length, n, square, x_line)
                 _pair(g, at, width, length, n, True, bits, pairs)
-                _convolve(x_line, pairs, n, b == 0, dk_sum)
-                _convolve(k_line, pairs, n, True, out)
+                _convolve(x_line, pairs, n, begin, n, b == 0, dk_sum)
+                _convolve(k_line, pairs, n, 0, reach[group], True, out)
                 _unpack(out, length, n, True, square, dx, at, width)
             _unpack(dk_sum, length, n, True, square, dk, col, width)
         release()

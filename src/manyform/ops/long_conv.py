@@ -218,7 +218,7 @@ def _gradients(g: Tensor, x: Tensor, k: Tensor, reach: Tensor | None = None,
     from manyform.ops.kernels.lanes import flat
     dx, dk, n = torch.empty_like(x), torch.empty_like(k), kernels.padded(x.shape[1])
     kernels.backward(flat(g), flat(x), flat(k), _groups(reach, x), flat(dx), flat(dk),
-                     tuple(x.shape), n, *_scratch(n, 2))
+                     tuple(x.shape), n, *_scratch(n, min(x.shape[0], 2)))
     return dx, dk
 
 

@@ -122,24 +122,23 @@ def backward(g, x, k, reach, dx, dk, shape, n, floats, words, halves):
     for w in numba.prange(workers):
         configure(SHAPE.ctypes.data)
         square, out = floats[w, :SQUARE], floats[w, SQUARE:SQUARE + WIDTH * n]
-        dk_sum = floats[w, SQUARE + WIDTH * n:]
+        dk_sum = floats[w, -WIDTH * n:]  # is out where there is one row: scratch fits the cache
         bits, pairs = words[w, :SQUARE], words[w, SQUARE:]
-        half = halves.shape[1] // 2
-        k_line, x_line = halves[w, :half], halves[w, half:]
         for group in range(w * groups // workers, (w + 1) * groups // workers):
             col = group * WIDTH
             begin = max(0, length - reach[group]) // BLOCK * BLOCK
             for c in range(WIDTH):
                 dk_sum[c * n:c * n + begin] = 0
-            _reverse(k, col, width, length, n, square, k_line)
             for b in range(batch):
                 at = b * length * width + col
-                _reverse(x, at, width, length, n, square, x_line)
                 _pair(g, at, width, length, n, True, bits, pairs)
-                _convolve(x_line, pairs, n, begin, n, b == 0, dk_sum)
-                _convolve(k_line, pairs, n, 0, reach[group], True, out)
+                _reverse(x, at, width, length, n, square, halves[w])
+                _convolve(halves[w], pairs, n, begin, n, b == 0, dk_sum)
+                if b == batch - 1:
+                    _unpack(dk_sum, length, n, True, square, dk, col, width)
+                _reverse(k, col, width, length, n, square, halves[w])
+                _convolve(halves[w], pairs, n, 0, reach[group], True, out)
                 _unpack(out, length, n, True, square, dx, at, width)
-            _unpack(dk_sum, length, n, True, square, dk, col, width)
         release()
 
 
@@ -149,9 +148,9 @@ def padded(length: int) -> int:
 
 
 def scratch(n: int, copies: int) -> tuple[int, int, int]:
-    """Sizes of one worker's floats, words and halves; copies: 1 forward, 2 backward."""
+    """Sizes of one worker's floats, words and halves; copies: 2 backward for several rows."""
     return (SQUARE + copies * WIDTH * n, SQUARE + WIDTH * (n + 2 * SIDE),
-            copies * WIDTH * (n + BLOCK + SIDE))
+            WIDTH * (n + BLOCK + SIDE))
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)

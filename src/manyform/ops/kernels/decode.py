@@ -17,7 +17,7 @@ from manyform.ops.kernels.lanes import FAST, WIDTH, load, maximum, sigmoid, spla
 
 SUMS = FAST | {"reassoc"}
 """Sums in any order, where a loop over single numbers is left to the compiler."""
-SHARED = 1 << 15
+SHARED = 1 << 16
 """Elements of a matrix from which a second thread saves more than the 2 us that its call takes."""
 
 NORMS = {"none": 0, "rms": 1, "layer": 2}

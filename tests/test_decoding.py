@@ -36,6 +36,7 @@ CASES = {
     "mamba2 one tap": {"conv_size": 1, "head_dim": 8},
     "jamba": {"n_layers": 8},
     "1 gated_delta_net : 1 mamba2": {},
+    "1 rwkv7 : 1 mamba2": {"norm": "none", "channel": "rwkv_channel"},
 }
 
 

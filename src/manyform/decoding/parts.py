@@ -88,7 +88,8 @@ class Plain:
 
     def step(self, threads: int) -> None:
         extra = {"shared": self.site.shared} if self.part.shares else {}
-        y, self.held = self.part(self.site.norm(self.row), self.held, **extra)
+        x = self.row.clone()  # a state may keep its input, and the row goes on to change
+        y, self.held = self.part(self.site.norm(x), self.held, **extra)
         if self.site.residual:
             self.row.add_(y)
         else:

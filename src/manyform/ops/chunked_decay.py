@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from manyform.ops import tiled_decay
 from manyform.ops.kernels import single, usable
 from manyform.ops.matrix_recurrence import matrix_recurrence
 
@@ -65,6 +66,10 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, er
         compute = torch.float32
     size = min(CHUNK, 1 << (length - 1).bit_length())
     pad = -length % size
+    if compute == torch.bfloat16:
+        y_and_state = _tiled(q, k, v, log_decay, state, reset, scale)
+        if y_and_state is not None:
+            return y_and_state
     g = log_decay
     if g is not None:
         g = g.to(wide)
@@ -90,6 +95,23 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, er
     y, last = _Chunked.apply(q, k, v, g, state.to(wide), reset, scale, size, form, compute,
                              compiled)
     return (y[:, :length] if pad else y), last
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None,
+           reset: Tensor | None, scale: float) -> tuple[Tensor, Tensor] | None:
+    """On matrix tiles, where that applies."""
+    batch, length, heads, value = v.shape
+    g = None if log_decay is None else log_decay.float()
+    g = g.expand(batch, length, heads) if g is not None and g.ndim == 1 else g
+    if not tiled_decay.applies(k, v, g, reset):
+        return None
+    if g is not None and g.ndim == 4:
+        q, k = _per_head(q, heads), _per_head(k, heads)
+    if state is None:
+        state = torch.zeros(batch, heads, k.shape[-1], value)
+    y, last = tiled_decay.tiled_decay(*(x.bfloat16() for x in (q, k, v)), g, state.float(), reset,
+                                      scale)
+    return y.to(v.dtype), last
 
 
 @matrix_recurrence.path("step", when=_one_step)

@@ -9,9 +9,7 @@ from manyform.contract import (
     Place,
     SequenceMixer,
     channel,
-    channels,
     mixer,
-    mixers,
 )
 from manyform.errors import ManyformError
 from manyform.model import Model, load
@@ -27,11 +25,9 @@ __all__ = [
     "SequenceMixer",
     "catalog",
     "channel",
-    "channels",
     "create",
     "load",
     "mixer",
-    "mixers",
     "state",
 ]
 

@@ -150,6 +150,16 @@ class Plan:
         return Shape(self.length, self.batch_size, self.curve_batches, self.final_batches)
 
 
+class _TooSmallError(Exception):
+    """A time budget holds no plan. seconds: the least that would, with probes as long as now;
+    probe_step: what each further probe step would add."""
+
+    def __init__(self, seconds: float, probe_step: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+        self.probe_step = probe_step
+
+
 def learning_rates(d_model: int) -> tuple[tuple[float, ...], float]:
     """Three candidates and the factor between them: 3e-3 at width 256, falling with the square
     root of the width, as the optimum of Adam does between 1/d (Yang 2022) and a constant."""
@@ -199,10 +209,26 @@ def make_plan(budget: Budget, timings: Mapping[str, Timing], shape: Shape, *, ma
         raise ManyformError(f"seeds must be at least 1, not {seeds}")
     if not timings:
         raise ManyformError("no architecture is left to compare")
+    fixed_probes = probe_steps
     if probe_steps is None:
         probe_steps = _probe_steps(budget, timings)
     weights = {name: _weight(t, match, shape) for name, t in timings.items()}
-    quantum, seeds = _quantum(budget, timings, weights, shape, match, seeds, spent, probe_steps)
+    try:
+        quantum, seeds = _quantum(budget, timings, weights, shape, match, seeds, spent, probe_steps)
+    except _TooSmallError as error:
+        least = error.seconds
+        for _ in range(50):  # a larger budget has longer probes, which must fit too
+            offered = parse_budget(_duration(least))
+            steps = fixed_probes or _probe_steps(offered, timings)
+            needed = error.seconds + (steps - probe_steps) * error.probe_step
+            if needed <= offered.amount:
+                break
+            least = needed
+        raise ManyformError(
+            f"a budget of {budget.text} is too small for {len(timings)} architectures on this "
+            f"machine: about {_duration(least)} would be the least ({MIN_STEPS} training steps "
+            "each, the learning-rate search, evaluation and probes); give more time, fewer "
+            "architectures, or smaller models (--d-model, --layers)") from None
     candidates, factor = learning_rates(d_model)
     plan = Plan(budget.text, match, seeds, shape.length, shape.batch_size, shape.curve_batches,
                 shape.final_batches, quantum, 0, 0, candidates, factor, probe_steps,
@@ -315,11 +341,7 @@ def _quantum(budget: Budget, timings: Mapping[str, Timing], weights: Mapping[str
         if steps >= wanted:
             return quantum, n
     least = spent + total(needed_steps, seeds or 1) / SAFETY
-    raise ManyformError(
-        f"a budget of {budget.text} is too small for {len(timings)} architectures on this machine: "
-        f"about {_duration(least)} would be the least ({MIN_STEPS} training steps each, the "
-        "learning-rate search, evaluation and probes); give more time, fewer architectures, or "
-        "smaller models (--d-model, --layers)")
+    raise _TooSmallError(least, sum(t.probe_step for t in timings.values()) / SAFETY)
 
 
 def _duration(seconds: float) -> str:

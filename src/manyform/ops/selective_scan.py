@@ -142,7 +142,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         from manyform.ops.kernels import selective_scan as kernel
         *inputs, reset, starts = ctx.saved_tensors
-        *grads, dh = kernel.scan_gradient(*inputs, reset, starts, _rows(dy), dstate,
+        *grads, dh = kernel.scan_gradient(*inputs, reset, starts, _rows(dy), dstate,  # type: ignore[call-arg,misc]
                                           threads=threads())
         cast = [None if t is None else g.to(t.dtype) for t, g in zip(inputs, grads, strict=True)]
         return (*cast, dh, None, None)

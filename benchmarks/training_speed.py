@@ -66,15 +66,17 @@ def theirs(model: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor],
 def against_peers(device: str, rounds: int) -> list[Line]:
     """mamba and mamba2 against transformers and mambapy at T 512, batch 2."""
     import transformers
-    from mambapy.lm import LM
-    from mambapy.mamba import MambaConfig
+    from mambapy.mamba import Mamba, MambaConfig
     batch, length = 2, 512
     hf: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
                           "use_cache": False}
     mamba1 = transformers.MambaForCausalLM(transformers.MambaConfig(**hf))
     mamba2 = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
         **hf, head_dim=64, num_heads=8, n_groups=1, state_size=64, chunk_size=256))
-    mambapy = LM(MambaConfig(d_model=WIDTH, n_layers=DEPTH), VOCAB)
+    # mambapy.lm needs a GPU package; its layers do not, so the embedding and the head are ours.
+    mambapy = torch.nn.Sequential(torch.nn.Embedding(VOCAB, WIDTH),
+                                  Mamba(MambaConfig(d_model=WIDTH, n_layers=DEPTH)),
+                                  torch.nn.Linear(WIDTH, VOCAB, bias=False))
 
     def hf_loss(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda tokens: model(input_ids=tokens, labels=tokens).loss

@@ -109,8 +109,8 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Ten
         q, k = _per_head(q, heads), _per_head(k, heads)
     if state is None:
         state = torch.zeros(batch, heads, k.shape[-1], value)
-    y, last = tiled_decay.tiled_decay(*(x.bfloat16() for x in (q, k, v)), g, state.float(), reset,
-                                      scale)
+    y, last = tiled_decay.tiled_decay(q.bfloat16(), k.bfloat16(), v.bfloat16(), g, state.float(),
+                                      reset, scale)
     return y.to(v.dtype), last
 
 

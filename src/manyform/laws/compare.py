@@ -12,6 +12,10 @@ from manyform.state import State, tensors
 # over a few hundred steps; bfloat16 keeps 8 bits of every factor, so its law is on the norm.
 TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 5e-2}
 
+# A gradient this small beside the largest one is a sum of cancelling terms, of which rounding
+# leaves nothing: half a percent is one unit in the last place of a bfloat16.
+NEGLIGIBLE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 1e-2}
+
 
 def distance(got: Tensor, want: Tensor, precision: str) -> float:
     """Relative error: of the largest entry, or for bfloat16 of the Euclidean norm."""

@@ -13,7 +13,13 @@ from torch import Tensor
 from manyform import state as states
 from manyform.contract import SequenceMixer, param_hints
 from manyform.errors import ManyformError
-from manyform.laws.compare import TOLERANCE, distance, require_close, require_states_close
+from manyform.laws.compare import (
+    NEGLIGIBLE,
+    TOLERANCE,
+    distance,
+    require_close,
+    require_states_close,
+)
 from manyform.laws.report import LawError
 from manyform.laws.subject import Subject
 from manyform.ops.operation import count, use
@@ -58,7 +64,8 @@ def streaming(subject: Subject, length: int) -> str:
         require_states_close(state, whole_state, f"final states, {name},", subject.precision)
         scale = max(float(g.abs().max()) for g in whole_grads if g.numel())
         for got, want in zip(grads, whole_grads, strict=True):
-            if want.numel() and float(want.abs().max()) > 1e-3 * scale:
+            floor = NEGLIGIBLE[subject.precision] * scale
+            if want.numel() and float(want.abs().max()) > floor:
                 worst = max(worst, require_close(got, want, f"gradients, {name},",
                                                  subject.precision))
     with torch.no_grad():
@@ -196,7 +203,8 @@ def reference(subject: Subject, length: int) -> str:
                                  subject.precision)
             scale = max(float(g.abs().max()) for g in grads0 if g is not None)
             for got, want in zip(grads, grads0, strict=True):
-                if want is None or float(want.abs().max()) <= 1e-3 * scale:
+                floor = NEGLIGIBLE[subject.precision] * scale
+                if want is None or float(want.abs().max()) <= floor:
                     continue
                 if got is None:
                     raise LawError("the fast form loses a gradient that the reference has")

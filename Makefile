@@ -7,7 +7,7 @@ ifeq ($(OS),Windows_NT)
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARCHS ?= llama,mamba2,gated_delta_net,lstm,s4d,hyena
-BUDGET ?= 4m
+BUDGET ?= 5m
 
 .PHONY: demo test test-slow check bench docs clean
 

@@ -25,7 +25,7 @@ def run(*arguments):
     return 0
 
 
-SMALL = ["--d-model", 16, "--n-layers", 1, "--steps", 4, "--batch-size", 2, "--length", 16,
+SMALL = ["--d-model", 16, "--layers", 1, "--steps", 4, "--batch-size", 2, "--length", 16,
          "--eval-tokens", 64]
 
 

@@ -23,7 +23,7 @@ def train(
     tokens: Annotated[str | None, typer.Option(help="instead of --steps: training tokens, such as "
                                                "5M or 20Mtok")] = None,
     d_model: Annotated[int, typer.Option(help="width of the model")] = 256,
-    n_layers: Annotated[int | None, typer.Option(
+    layers: Annotated[int | None, typer.Option(
         help="layers; the architecture's own number if left out")] = None,
     option: Annotated[list[str] | None, typer.Option(
         "--option", "-O", help="another option of the architecture, as name=value; repeatable")]
@@ -65,7 +65,7 @@ def train(
         weight_decay=weight_decay, clip=clip or None, accumulation=accumulation,
         precision=precision, tbptt=tbptt, seed=seed, eval_every=eval_every,
         eval_tokens=eval_tokens, checkpoint_every=checkpoint_every, keep=keep)
-    options = {"d_model": d_model, **({} if n_layers is None else {"n_layers": n_layers}),
+    options = {"d_model": d_model, **({} if layers is None else {"n_layers": layers}),
                **dict(parse_option(text) for text in option or [])}
     folder = out or Path("runs") / "".join(c if c.isalnum() or c in "-_" else "-" for c in arch)
     done = run(arch, load(data, tokenizer=tokenizer, column=column), config, folder,

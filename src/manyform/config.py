@@ -105,7 +105,7 @@ def merge_options(specs: Sequence[LayerSpec], overrides: Mapping[str, Any],
     every = set().union(*(names for kind in accepted.values() for names in kind.values()))
     for key in overrides:
         if key not in every:
-            settings = {f.name for f in fields(ModelConfig)} | {"channel"}
+            settings = {f.name for f in fields(ModelConfig)} - {"pattern", "name"} | {"channel"}
             raise unknown("option", key, every | settings)
 
     def take(kind: str, name: str | None, old: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,13 +54,12 @@ TRAINED = 64
 
 @torch.no_grad()
 def loss_at(model, data, length):
-    """Bits per byte over the last quarter of windows of `length` bytes."""
-    rows = torch.stack([data[i:i + length + 1] for i in range(0, 16 * 600, 600)])
+    """Bits per byte of the same bytes (16 at each of 16 places) with `length` bytes to read."""
+    ends = range(8 * TRAINED, 8 * TRAINED + 16 * 600, 600)
+    rows = torch.stack([data[e - length:e + 1] for e in ends])
     model.eval()
-    logits = model(rows[:, :-1])[0]
-    tail = length - length // 4
-    loss = torch.nn.functional.cross_entropy(logits[:, tail:].flatten(0, 1),
-                                             rows[:, tail + 1:].flatten())
+    logits = model(rows[:, :-1])[0][:, -16:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, -16:].flatten())
     model.train()
     return float(loss) / 0.6931471805599453
 

@@ -6,6 +6,7 @@ No tokenizer adds tokens of its own: where a document begins is told by the `res
 
 from __future__ import annotations
 
+import abc
 import codecs
 import hashlib
 import json
@@ -22,7 +23,7 @@ from manyform.errors import ManyformError
 _BYTES_JSON = '{"manyform": "bytes"}\n'
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What every tokenizer offers.
 
     name: for reports. vocab_size: ids are below it. byte_lengths: (vocab_size,) int64, bytes of
@@ -50,21 +51,21 @@ class Tokenizer:
         """Ids of `text`, one-dimensional."""
         return self.encode_batch([text])[0]
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Ids of each text."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that form no character become U+FFFD."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decoder(self) -> StreamDecoder:
         """A decoder that takes ids as they come; see `StreamDecoder`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def to_json(self) -> str:
         """The tokenizer as JSON text; `load_tokenizer` reads it from a file."""
-        raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to a file, in one step."""
@@ -81,20 +82,20 @@ class Tokenizer:
         return known
 
 
-class StreamDecoder:
+class StreamDecoder(abc.ABC):
     """Text as tokens arrive: `push(ids)` gives what is certain so far, `close()` the rest.
 
     The pieces joined are `decode` of all ids; a character whose bytes are spread over several
     tokens is given out whole.
     """
 
+    @abc.abstractmethod
     def push(self, ids: int | Iterable[int]) -> str:
         """More ids; the text that they complete."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self) -> str:
         """What was still waiting for more bytes."""
-        raise NotImplementedError
 
 
 class ByteTokenizer(Tokenizer):

@@ -471,9 +471,11 @@ def _checked(archs: Sequence[str]) -> list[str]:
 
 
 def _looks_ahead(item: Entry) -> bool:
+    """Whether it is known to; a mixer that cannot be built fails again, and is then reported with
+    its reason, where its sizes are matched."""
     try:
         return not item.causal
-    except Exception:  # what cannot be built is left out later on, with its reason
+    except Exception:
         return False
 
 

@@ -70,14 +70,13 @@ class ManyformLM(TemplateLM):
     def eot_token_id(self) -> int:
         return self._begin
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None,
-                   **kwargs: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Ids of a text, behind `begin` where `bos` was asked for."""
         ids = [int(i) for i in self.tokens.encode(string)]
         return [self._begin, *ids] if self._bos and add_special_tokens is not False else ids
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False,
-                              **kwargs: Any) -> list[tuple[float, bool]]:
+                              ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the likeliest."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, _) in enumerate(requests):

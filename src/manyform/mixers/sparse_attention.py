@@ -6,6 +6,7 @@ in positions of the query's own document, so that it is the same wherever a sequ
 
 from __future__ import annotations
 
+import abc
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ class Residues(NamedTuple):
         return first + ((key - residue).clamp(min=0) + self.step - 1) // self.step
 
 
-class SparseAttention(Attention):
+class SparseAttention(Attention, abc.ABC):
     """What the patterns share: projections, rotary positions, a cache, one operation.
 
     A subclass says in `pattern` what queries see, and may lay further keys beside those of the
@@ -96,10 +97,10 @@ class SparseAttention(Attention):
                          **heads)
         self.causal = causal
 
+    @abc.abstractmethod
     def pattern(self, here: Where, prefix: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """low, high as the operation takes them, and orders: index tensors (batch or 1, n) of keys
         (prefix included) that are laid beside the sequence, one after the other."""
-        raise NotImplementedError(f"{type(self).__name__} must define pattern")
 
     def forward(self, x: Tensor, state: AttentionState | None = None, *,
                 reset: Tensor | None = None) -> tuple[Tensor, Any]:

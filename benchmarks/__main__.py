@@ -6,6 +6,7 @@ import argparse
 import warnings
 from pathlib import Path
 
+from benchmarks.behaviour import behaviour
 from benchmarks.decoding import against_generate
 from benchmarks.family import family
 from benchmarks.harness import Line, update_pages, write
@@ -20,7 +21,8 @@ from benchmarks.training_speed import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = ("peers", "attention", "peak", "decode", "nanogpt", "mixers", "family", "parity")
+    names = ("peers", "attention", "peak", "decode", "nanogpt", "mixers", "family", "parity",
+             "behaviour")
     parser.add_argument("--only", nargs="+", choices=names, default=list(names))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -37,6 +39,9 @@ def main() -> None:
         if name == "parity":
             from benchmarks.parity import run as parity  # needs transformers
             parity(Path(__file__).parent)
+            continue
+        if name == "behaviour":
+            print(behaviour(), flush=True)
             continue
         if name == "nanogpt":
             if not (options.nanogpt and options.text):

@@ -11,7 +11,7 @@ from tests.behaviour import runs
 from manyform.lab.listops import CLOSE, OPERATIONS, VOCABULARY, listops
 
 pytestmark = pytest.mark.slow
-PAPER = "Nangia & Bowman 2018 (LSTM 0.73, TreeLSTM with the given parse 0.987 of answers)"
+SOURCE = "Nangia & Bowman 2018 (arXiv:1804.06028), table 2"
 LENGTH, STEPS = 40, 800
 BRACKETS = {"open": list(OPERATIONS), "close": CLOSE, "channel": None}
 
@@ -38,6 +38,8 @@ def trained(name, **options):
 
 def test_a_tree_beats_sequences_on_listops(record):
     found = {"tree": trained("tree", layers=1, **BRACKETS), "lstm": trained("lstm", layers=2),
-             "transformer": trained("llama", layers=2), "s4": trained("s4d", layers=4)}
-    record("ListOps of 40 tokens, accuracy after 51 thousand examples", PAPER, **found)
-    assert found["tree"] > max(found["lstm"], found["transformer"], found["s4"]) + 0.05
+             "transformer": trained("llama", layers=2), "s4": trained("s4", layers=2)}
+    good = found["tree"] > 0.05 + max(v for k, v in found.items() if k != "tree")
+    record(f"ListOps of {LENGTH} tokens, {64 * STEPS:,} examples", source=SOURCE, reproduced=good,
+           claim="with the given parse a TreeLSTM answers 0.987, an LSTM 0.715 to 0.744", **found)
+    assert good

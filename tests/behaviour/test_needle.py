@@ -14,9 +14,15 @@ import pytest
 from tests.behaviour import runs, tasks
 
 pytestmark = pytest.mark.slow
-PAPER = ("Yang 2024 (arXiv:2412.06464), table 2, passkey at 1k, 2k, 4k, 8k: DeltaNet 0.97 to 0.99, "
-         "Mamba-2 0.99, 0.99, 0.65, 0.30")
+SOURCE = "Yang 2024 (arXiv:2412.06464), table 2"
+PASSKEYS = "passkeys at 1k / 2k / 4k / 8k, trained at 4k: "
+CLAIMS = {"delta_net": PASSKEYS + "DeltaNet 0.97 / 0.97 / 0.99 / 0.99",
+          "mamba2": PASSKEYS + "Mamba-2 0.99 / 0.99 / 0.65 / 0.30"}
 SYMBOLS, LENGTH = 16, 256
+DEPTHS = (0.1, 0.5, 0.9)
+SIZES = ((256, 128), (1024, 64), (4096, 32), (16384, 16))
+"""Lengths and rows."""
+
 MODELS = {"delta_net": ("delta_net", dict(n_heads=2, head_dim=16)),
           "delta_net and attention of window 64": ("delta_net : attention(window=64)", {}),
           "mamba2": ("mamba2", dict(d_state=16, head_dim=16))}
@@ -40,15 +46,16 @@ def test_a_needle_in_16_thousand_tokens(label, record):
     name, options = MODELS[label]
     model = trained(name, **options)
     shares = {(length, depth): found(model, length, depth, rows)
-              for length, rows in ((256, 128), (1024, 64), (4096, 32), (16384, 16))
-              for depth in (0.1, 0.5, 0.9)}
-    record(f"a needle in 1k to 16k tokens, trained at {LENGTH}: {label}", PAPER,
-           chance=1 / SYMBOLS, **{f"at_{n}_depth_{depth}": v for (n, depth), v in shares.items()})
-    assert min(v for (n, _), v in shares.items() if n <= 1024) > 0.9
+              for length, rows in SIZES for depth in DEPTHS}
+    least = {n: min(shares[n, d] for d in DEPTHS) for n, _ in SIZES}
+    good = min(least[256], least[1024]) > 0.9
     if label == "mamba2":
-        assert shares[4096, 0.1] < 0.7 < shares[4096, 0.9]
-        assert shares[16384, 0.1] < 0.3
+        good &= shares[4096, 0.1] < 0.7 < shares[4096, 0.9] and shares[16384, 0.1] < 0.3
     else:
-        assert min(v for (n, _), v in shares.items() if n == 4096) > 0.8
+        good &= least[4096] > 0.8
     if "window" in label:
-        assert min(shares.values()) > 0.9
+        good &= least[16384] > 0.9
+    record(f"a needle {' / '.join(map(str, DEPTHS))} of the way in, trained at {LENGTH}: {label}",
+           source=SOURCE, claim=CLAIMS[name if name in CLAIMS else "delta_net"], reproduced=good,
+           chance=1 / SYMBOLS, **{f"at_{n}": [shares[n, d] for d in DEPTHS] for n, _ in SIZES})
+    assert good

@@ -74,3 +74,16 @@ def test_causal():
     y, _ = matrix_recurrence(q, k, v, g, (a, b), s, None, scale)
     for gradient in torch.autograd.grad(y[:, 37].sum(), [q, k, v, g, a, b]):
         assert not gradient[:, 38:].any()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_decays_of_a_channel_near_the_limit(shared, tiled):
+    q, k, v, g, (a, b), s, reset, scale = inputs("channel", shared=shared, length=100, key=32,
+                                                 value=32, dtype=torch.bfloat16)
+    g = torch.full_like(g, -1.6).detach()
+    g[..., ::2] = 0.0
+    g[:, 70, :, 1] = -20.0
+    g.requires_grad_()
+    args = q, k, v, g, (a, b), s, reset, scale
+    assert_close(run(args, "chunked_delta"), run(args, "reference"), 1.5e-2)
+    assert tiled

@@ -470,11 +470,6 @@ def chunked_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = No
     if log_decay is not None:
         g = log_decay.to(wide)
         g = g.expand(batch, length, heads) if g.ndim == 1 else g
-        if wide == torch.float32:  # beside any write, float32 has no digits for e^-60 of the rest
-            g = g.clamp(min=-LIMIT)
-    size = _chunk_size(g, length)
-    if size is None:
-        return matrix_recurrence.reference(q, k, v, log_decay, erase, state, reset, scale)
 
     def per_head(x: Tensor) -> Tensor:
         x = x.to(dtype)
@@ -483,10 +478,14 @@ def chunked_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = No
     if state is None:
         state = torch.zeros(batch, heads, k.shape[-1], value, dtype=wide, device=v.device)
     b = None if erase[1] is k else per_head(erase[1])
-    if dtype == torch.bfloat16 and size == tiled_delta.SIZE and tiled_delta.applies(
-            q, k, v, g, reset):
+    if dtype == torch.bfloat16 and tiled_delta.applies(q, k, v, g, reset):
         return tiled_delta.tiled_delta(per_head(q), per_head(k), v, per_head(erase[0]), b, g,
                                        state.float(), reset, scale)
+    if g is not None and wide == torch.float32:
+        g = g.clamp(min=-LIMIT)  # beside any write, float32 has no digits for e^-60 of the rest
+    size = _chunk_size(g, length)
+    if size is None:
+        return matrix_recurrence.reference(q, k, v, log_decay, erase, state, reset, scale)
     y, state = _ChunkedDelta.apply(per_head(q), per_head(k), v.to(dtype), per_head(erase[0]), b, g,
                                    state.to(wide), reset, scale, size)
     return y.to(v.dtype), state

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from manyform.ops.kernels import threads, usable
 
 SIZE = 64
-LIMIT = 60.0
-"""Largest total log decay of a chunk, a channel: its factors exp(c_i) and exp(-c_j) and their
-masked products stay finite in float32 and bfloat16."""
+LIMIT = 110.0
+"""Largest total log decay b of a chunk, a channel: its factors exp(c_i - b / 2) and
+exp(b / 2 - c_j) stay far from the ends of float32's and bfloat16's range."""
 
 
 def applies(k: Tensor, v: Tensor, g: Tensor | None, reset: Tensor | None) -> bool:
@@ -31,12 +31,13 @@ def applies(k: Tensor, v: Tensor, g: Tensor | None, reset: Tensor | None) -> boo
     from manyform.ops.kernels.tiles import supported
     if not supported():
         return False
-    if g is None or g.ndim == 3:
-        return True
-    if reset is not None:
-        return False
+    return g is None or g.ndim == 3 or (reset is None and weak(g, 60.0))
+
+
+def weak(g: Tensor, limit: float = LIMIT) -> bool:
+    """True if no channel's log decays (B, T, H, K) sum below -limit within a chunk."""
     g = F.pad(g.detach(), (0, 0, 0, 0, 0, -g.shape[1] % SIZE))
-    return bool(g.unflatten(1, (-1, SIZE)).sum(2).amin() >= -LIMIT)
+    return bool(g.unflatten(1, (-1, SIZE)).sum(2).amin() >= -limit)
 
 
 def tiled_decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor,

@@ -10,20 +10,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from manyform.ops.kernels import threads, usable
+from manyform.ops.tiled_decay import weak
 
 SIZE = 64
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, reset: Tensor | None,
             ) -> bool:
-    """True for bfloat16 on a CPU with tiles and for heads of whole tiles; resets only where no
-    decay is of a channel."""
+    """True for bfloat16 on a CPU with tiles, for heads of whole tiles and more than half a chunk;
+    where decays are of a channel only if they are weak and nothing resets."""
     if not (v.dtype == torch.bfloat16 and usable(q, k, v, log_decay)
-            and k.shape[-1] % 32 == 0 and v.shape[-1] % 32 == 0 and v.shape[1] >= SIZE // 2
-            and (reset is None or log_decay is None or log_decay.ndim == 3)):
+            and k.shape[-1] % 32 == 0 and v.shape[-1] % 32 == 0 and v.shape[1] > SIZE // 2):
         return False
     from manyform.ops.kernels.tiles import supported
-    return supported()
+    if not supported():
+        return False
+    return log_decay is None or log_decay.ndim == 3 or (reset is None and weak(log_decay))
 
 
 def tiled_delta(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None,
@@ -32,7 +34,7 @@ def tiled_delta(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None,
     """`matrix_recurrence` with the erase term (a, b), b None where it is k.
 
     q, k, v, a, b: (B, T, H, .) bfloat16; log_decay: None, (B, T, H) or (B, T, H, K) and state
-    (B, H, K, V) float32. Decays of a channel: chunks of 64 must not reach `chunked_delta.LIMIT`.
+    (B, H, K, V) float32. Decays of a channel: see `tiled_decay.LIMIT`.
     """
     return _TiledDelta.apply(q, k, v, a, b, log_decay, state, reset, scale)
 

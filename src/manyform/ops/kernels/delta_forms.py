@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from manyform.ops.kernels.lanes import FAST, WIDTH, load
+from manyform.ops.kernels.lanes import FAST, WIDTH, lanes, load, splat, store
 from manyform.ops.kernels.tiles import (
     _load_a,
     _load_b,
@@ -70,6 +70,16 @@ def _pair_block(typing: Any, even: Any, odd: Any, target: Any) -> Any:
     return types.void(types.intp, types.intp, types.intp), code
 
 
+@intrinsic
+def visible(typing: Any, value: Any, factor: Any) -> Any:
+    """value * factor; 0 where the factor is 0, whatever the value is."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zero = ir.Constant(args[0].type, [0.0] * WIDTH)
+        hidden = builder.fcmp_ordered("==", args[1], zero)
+        return builder.select(hidden, zero, builder.fmul(*args))
+    return lanes(lanes, lanes), code
+
+
 @numba.njit(fastmath=FAST, cache=True)
 def turn(source, target, rows, words):
     """(rows, words) words -> (words, rows); both multiples of 16."""
@@ -86,6 +96,15 @@ def pair(source, target, rows, width):
         at = source + 2 * i * width
         for j in range(0, width, WIDTH):
             _pair_block(at + 2 * j, at + 2 * (width + j), target + 2 * (i * width + 2 * j))
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def fade(z, factors, rows, width):
+    """Multiply rows of float32 by a factor each, in place."""
+    for i in range(rows):
+        factor = splat(factors[i])
+        for j in range(i * width, (i + 1) * width, WIDTH):
+            store(z, j, load(z, j) * factor)
 
 
 @numba.njit(fastmath=FAST, cache=True)

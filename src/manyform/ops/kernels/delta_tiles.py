@@ -12,8 +12,10 @@ and back, with zy = [z; dy],
     dS = keep dS' + X^^T zy
 
 Products are of bfloat16 and summed in float32, in which states, decays and the inverse are kept.
-Decays a head and step may be of any strength (pairs of steps get exp(c_i - c_j)); decays of a
-channel are split over X and Y and must be weak enough for that, see `chunked_delta.LIMIT`.
+Decays a head and step may be of any strength (pairs of steps get exp(c_i - c_j)). Decays of a
+channel are split over X and Y, measured from half of the chunk's total, r = c_C / 2: rows of X
+carry e^(c - r), those of Y e^(r - c), and as the state enters with e^r and leaves with e^r, both
+meet it as they meet each other. They must be weak enough for that, see `tiled_decay.LIMIT`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from manyform.ops.kernels.delta_forms import halve, halve_pairs, multiply, pair, turn
+from manyform.ops.kernels.delta_forms import fade, halve, halve_pairs, multiply, pair, turn, visible
 from manyform.ops.kernels.lanes import FAST, WIDTH, get, load, put, splat, store, total
 from manyform.ops.kernels.tiles import SHAPE, configure, exp2, release, store_half
 
@@ -37,10 +39,12 @@ _EDGE = SIZE + WIDTH  # a row of the transposed mask: a zero, SIZE factors, spac
 @numba.njit(fastmath=FAST, cache=True)
 def _prepare(q, a, k, b, g, reset, strides, row, head, first, steps, key, scale, channel, two,
              x, x_read, y, y_write, keep, totals, sums, write):
-    """Rows of X and Y of a chunk, as they meet each other and as they meet the state.
+    """Rows of X and Y of a chunk, as they meet each other and, for decays of a head, as they meet
+    the state.
 
-    totals: exp of the sum of log decays before each step and, one further, up to it: (65,) or
-    (65, key); sums: (64,), base-2 logarithms, and write (64,), for decays of a head.
+    totals: exp of the sum of log decays before each step and, one further, up to it, for decays of
+    a channel less half of the whole: (65,) or (65, key); keep: (key,), exp of the whole, or of its
+    half; sums: (64,), base-2 logarithms, and write (64,), for decays of a head.
     """
     rows = 2 * SIZE if two else SIZE
     at_q = row * strides[0, 0] + first * strides[0, 1] + head * strides[0, 2]
@@ -48,7 +52,7 @@ def _prepare(q, a, k, b, g, reset, strides, row, head, first, steps, key, scale,
     at_k = row * strides[2, 0] + first * strides[2, 1] + head * strides[2, 2]
     at_b = row * strides[3, 0] + first * strides[3, 1] + head * strides[3, 2]
     at_g = row * strides[5, 0] + first * strides[5, 1] + head * strides[5, 2]
-    one, zero, scales = splat(np.float32(1)), splat(np.float32(0)), splat(np.float32(scale))
+    zero, scales = splat(np.float32(0)), splat(np.float32(scale))
     low = (rows - SIZE) * key
     if steps < SIZE:
         x[:] = 0
@@ -57,29 +61,26 @@ def _prepare(q, a, k, b, g, reset, strides, row, head, first, steps, key, scale,
         y_write[:] = 0
     if channel:
         for j in range(0, key, WIDTH):
-            c, before = zero, one
-            store(totals, j, one)
+            whole = zero
+            for t in range(steps):
+                whole = whole + load(g, at_g + t * strides[5, 1] + j)
+            c = whole * splat(np.float32(-0.5) * _LOG2E)
+            before = exp2(c)
+            store(totals, j, before)
+            store(keep, j, exp2(zero - c))
             for t in range(steps):
                 c = c + load(g, at_g + t * strides[5, 1] + j) * splat(_LOG2E)
                 now = exp2(c)
                 back = exp2(zero - c)
                 at = t * key + j
                 store(totals, at + key, now)
-                v = load(a, at_a + t * strides[1, 1] + j) * before
-                store_half(x, at, v)
-                store_half(x_read, at, v)
-                v = load(q, at_q + t * strides[0, 1] + j) * now * scales
-                store_half(x, at + SIZE * key, v)
-                store_half(x_read, at + SIZE * key, v)
+                store_half(x, at, load(a, at_a + t * strides[1, 1] + j) * before)
+                store_half(x, at + SIZE * key,
+                           load(q, at_q + t * strides[0, 1] + j) * now * scales)
                 store_half(y, low + at, load(k, at_k + t * strides[2, 1] + j) * back)
                 if two:
                     store_half(y, at, load(b, at_b + t * strides[3, 1] + j) * back)
                 before = now
-            store(keep, j, before)
-            for t in range(steps):
-                store_half(y_write, t * key + j, load(y, t * key + j) * before)
-                if two:
-                    store_half(y_write, low + t * key + j, load(y, low + t * key + j) * before)
         return
     whole = np.float32(0)
     totals[0] = 1
@@ -232,9 +233,10 @@ def forward(q, a, k, b, v, g, reset, strides, dims, scale, channel, two, state, 
         keep, f = f[:key], f[key:]
         sums, write = f[:SIZE], f[SIZE:2 * SIZE]
         x, h = h[:2 * SIZE * key], h[2 * SIZE * key:]
-        x_read, h = h[:2 * SIZE * key], h[2 * SIZE * key:]
+        x_own, h = h[:2 * SIZE * key], h[2 * SIZE * key:]
         y_, h = h[:rows * key], h[rows * key:]
-        y_write, h = h[:rows * key], h[rows * key:]
+        y_own, h = h[:rows * key], h[rows * key:]
+        x_read, y_write = (x, y_) if channel else (x_own, y_own)
         masked, h = h[:2 * SIZE * rows], h[2 * SIZE * rows:]
         solve, h = h[:square], h[square:]
         uv, h = h[:rows * value], h[rows * value:]
@@ -265,13 +267,15 @@ def forward(q, a, k, b, v, g, reset, strides, dims, scale, channel, two, state, 
                     for c in range(0, rows, SIZE):
                         for j in range(0, SIZE, WIDTH):
                             at = r * rows + c + j
-                            z = load(products, at) * load(factors, mask + j) * shown
+                            z = visible(load(products, at), load(factors, mask + j) * shown)
                             store(products, at, z)
                             store_half(masked, at, z)
                 _invert(products, rows, masked, inverse, right_pairs, small, left)
                 halve(inverse, SIZE, SIZE, solve)
                 halve_pairs(inverse, SIZE, SIZE, inverse_pairs)
                 turn(inverse_pairs.ctypes.data, inverses[task, n].ctypes.data, HALF, SIZE)
+                if channel:
+                    fade(s, keep, key, value)
                 halve(s, key, value, states[task, n])
                 halve_pairs(s, key, value, s_pairs)
                 if two:
@@ -299,14 +303,14 @@ def forward(q, a, k, b, v, g, reset, strides, dims, scale, channel, two, state, 
                     at = ((row * length + first + t) * heads + head) * value
                     for j in range(0, value, WIDTH):
                         store_half(y, at + j, load(right, t * value + j))
-                for i in range(key):
-                    factor = splat(keep[i])
-                    for j in range(i * value, (i + 1) * value, WIDTH):
-                        store(s, j, load(s, j) * factor)
+                if not channel:
+                    fade(s, keep, key, value)
                 pair(y_write.ctypes.data, y_turned.ctypes.data, rows, key)
                 turn(y_turned.ctypes.data, write_turned.ctypes.data, rows // 2, key)
                 multiply(s.ctypes.data, 4 * value, False, write_turned.ctypes.data, 2 * rows,
                          uv_pairs.ctypes.data, 4 * value, key, value, rows)
+                if channel:
+                    fade(s, keep, key, value)
         release()
 
 
@@ -339,9 +343,10 @@ def backward(q, a, k, b, v, g, reset, strides, dims, scale, channel, two, dstate
         by_y, f = f[:SIZE], f[SIZE:]
         sums, write = f[:SIZE], f[SIZE:2 * SIZE]
         x, h = h[:wide * key], h[wide * key:]
-        x_read, h = h[:wide * key], h[wide * key:]
+        x_own, h = h[:wide * key], h[wide * key:]
         y_, h = h[:rows * key], h[rows * key:]
-        y_write, h = h[:rows * key], h[rows * key:]
+        y_own, h = h[:rows * key], h[rows * key:]
+        x_read, y_write = (x, y_) if channel else (x_own, y_own)
         masked, h = h[:rows * wide], h[rows * wide:]
         uv, h = h[:rows * value], h[rows * value:]
         zy, h = h[:wide * value], h[wide * value:]
@@ -378,9 +383,11 @@ def backward(q, a, k, b, v, g, reset, strides, dims, scale, channel, two, dstate
                 for r in range(rows):
                     for c in range(0, wide, WIDTH):
                         mask = r % SIZE * _EDGE + (c if c < SIZE else c - SIZE + 1)
-                        e = load(products, r * wide + c) * load(factors, mask)
+                        e = visible(load(products, r * wide + c), load(factors, mask))
                         store(products, r * wide + c, e)
                         store_half(masked, r * wide + c, e)
+                if channel:
+                    fade(ds, keep, key, value)
                 halve(ds, key, value, ds_rows)
                 halve_pairs(ds, key, value, ds_pairs)
                 pair(zy.ctypes.data + 2 * SIZE * value, zy_pairs.ctypes.data + 2 * SIZE * value,
@@ -431,7 +438,7 @@ def backward(q, a, k, b, v, g, reset, strides, dims, scale, channel, two, dstate
                          s_turned.ctypes.data, 4 * key, rows, key, value)
                 for i in range(key):
                     line = splat(np.float32(0))
-                    factor = splat(keep[i])
+                    factor = splat(np.float32(1) if channel else keep[i])
                     for j in range(i * value, (i + 1) * value, WIDTH):
                         e = load(ds, j) * factor
                         line = line + e * load(s, j)
@@ -439,11 +446,9 @@ def backward(q, a, k, b, v, g, reset, strides, dims, scale, channel, two, dstate
                     ends[i] = total(line)
                 if channel:
                     for j in range(0, key, WIDTH):
-                        line, factor = load(ends, j), load(keep, j)
+                        line = load(ends, j)
                         for at in range(j, rows * key, key):
-                            e = load(dw, at)
-                            line = line + e * load(y_write, at)
-                            store(dw, at, e * factor)
+                            line = line + load(dw, at) * load(y_, at)
                         store(ends, j, line)
                 else:
                     for r in range(wide):
@@ -479,6 +484,8 @@ def backward(q, a, k, b, v, g, reset, strides, dims, scale, channel, two, dstate
                 turn(x_pairs.ctypes.data, x_turned.ctypes.data, SIZE, key)
                 multiply(ds.ctypes.data, 4 * value, False, x_turned.ctypes.data, 2 * wide,
                          zy_pairs.ctypes.data, 4 * value, key, value, wide)
+                if channel:
+                    fade(ds, keep, key, value)
                 base = (row * length + first) * heads + head
                 if channel:
                     _finish_channel(x, y_, dx, dw, totals, ends, steps, key, rows, scale, base,

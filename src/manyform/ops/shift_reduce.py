@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from manyform.ops.kernels import single, threads, usable
 from manyform.ops.operation import operation
 
 
@@ -44,7 +49,7 @@ def shift_reduce(leaf: Tensor, weight: Tensor, bias: Tensor, stack: Tensor, dept
 
         def join(left: Tensor, right: Tensor) -> Tensor:
             both = torch.cat([left[:, :half], right[:, :half]], 1)
-            i, f_l, f_r, o, g = torch.nn.functional.linear(both, weight, bias).chunk(5, 1)
+            i, f_l, f_r, o, g = F.linear(both, weight, bias).chunk(5, 1)
             c = (f_l.sigmoid() * left[:, half:] + f_r.sigmoid() * right[:, half:]
                  + i.sigmoid() * g.tanh())
             return torch.cat([o.sigmoid() * c.tanh(), c], 1)
@@ -92,3 +97,121 @@ def _says(score: tuple[Tensor, Tensor], both: Tensor) -> Tensor:
     """Whether the second decision is yes: (B,) bool."""
     weight, bias = (x[1].to(both.dtype) for x in score)
     return (both * weight).sum(1) + bias >= 0
+
+
+def _compiled(leaf: Tensor, weight: Tensor, bias: Tensor, stack: Tensor, depth: Tensor,
+              given: tuple[Tensor, Tensor] | None, score: tuple[Tensor, Tensor] | None,
+              reset: Tensor | None = None) -> bool:
+    return (usable(leaf, weight, stack, depth) and single(leaf, weight, bias)
+            and stack.dtype == torch.float32 and leaf.shape[0] * leaf.shape[1] > 0)
+
+
+@shift_reduce.path("numba", when=_compiled)
+def _(leaf: Tensor, weight: Tensor, bias: Tensor, stack: Tensor, depth: Tensor,
+      given: tuple[Tensor, Tensor] | None, score: tuple[Tensor, Tensor] | None,
+      reset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack machine compiled, all rows step by step; see kernels/shift_reduce. Features are
+    padded to whole vectors: those beyond stay zero by themselves."""
+    half = leaf.shape[2] // 2
+    more = -half % 16
+
+    def padded(x: Tensor, parts: int) -> Tensor:
+        """The last dimension, `parts` rows of features, with whole vectors of each."""
+        x = x.float()
+        return F.pad(x.unflatten(-1, (parts, half)), (0, more)).flatten(-2) if more else x
+
+    with torch.autocast(leaf.device.type, enabled=False):
+        to_gates = padded(padded(weight, 2).T, 5).T
+        scores = torch.cat([padded(score[0], 2).flatten(), score[1].float()]) if score else None
+        y, stack, depth = _ShiftReduce.apply(
+            padded(leaf, 2), to_gates, padded(bias, 5), padded(stack, 2), scores, depth, given,
+            reset)
+        if more:
+            y, stack = (x.unflatten(-1, (2, -1))[..., :half].flatten(-2) for x in (y, stack))
+    return y, stack, depth
+
+
+class _ShiftReduce(torch.autograd.Function):
+    """Whole vectors of features; score: (4 d + 2), weights before the two biases."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, weight: Tensor, bias: Tensor, stack: Tensor,
+                score: Tensor | None, depth: Tensor, given: tuple[Tensor, Tensor] | None,
+                reset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        from manyform.ops.kernels import shift_reduce as kernel
+        from manyform.ops.kernels.lanes import flat
+        leaf, stack = leaf.contiguous(), stack.contiguous()
+        (batch, length, node), slots = leaf.shape, stack.shape[1]
+        size, more = node // 2, -len(weight) % kernel.BLOCK
+        weight, bias = F.pad(weight, (0, 0, 0, more)), F.pad(bias, (0, more))
+        left, right = weight.split(size, 1)  # (wide, size) each
+        wide, training = len(bias), any(ctx.needs_input_grad)
+        groups = max(-(-batch // 4), min(batch, threads()))
+        dims = (batch, length, slots, size, wide, groups)
+        products = torch.addmm(bias, leaf[..., :size].flatten(0, 1), right.T)
+        after, count, y = stack.clone(), depth.clone(), torch.empty_like(leaf)
+        owner = torch.empty(batch, slots, dtype=torch.int32)
+        rows = batch * length if training else 0
+        nodes, made = leaf.new_empty(rows * node), leaf.new_empty(rows * node)
+        gates = leaf.new_empty(rows * 2 * wide)
+        chances = leaf.new_empty(batch, length if training else 0, 2)
+        links = torch.zeros(batch, length if training else 0, kernel.LINKS, dtype=torch.int32)
+        run: Any = kernel.forward
+        run(flat(leaf), flat(products), *(flat(_blocks(w.T, kernel.BLOCK)) for w in (left, right)),
+            bias.detach().numpy(), *(_marks(x) for x in given or (None, None)),
+            flat(leaf.new_empty(0) if score is None else score), _marks(reset), flat(after),
+            count.numpy(), owner.numpy(), flat(y), flat(nodes), flat(made), flat(gates),
+            chances.numpy(), links.numpy(), dims)
+        if training:
+            ctx.save_for_backward(leaf, weight, stack, score, nodes, made, gates, chances, links,
+                                  owner)
+            ctx.dims = dims
+        ctx.mark_non_differentiable(count)
+        return y, after, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dstack: Tensor, _: Any) -> Any:
+        from manyform.ops.kernels import shift_reduce as kernel
+        from manyform.ops.kernels.lanes import flat
+        (leaf, weight, stack, score, nodes, made, gates, chances, links,
+         owner) = ctx.saved_tensors
+        batch, length, slots, size, wide, groups = ctx.dims
+        left, right = weight.split(size, 1)
+        dmade, dleaf = torch.zeros_like(leaf), torch.zeros_like(leaf)
+        dleft, dright, dnode = leaf.new_zeros(3, batch * length, wide)
+        dleft0 = leaf.new_zeros(batch * slots, wide)
+        dscore = leaf.new_zeros(groups, 4 * size + 2)
+        # What the last stack holds was made by a step, or was there before.
+        new = owner >= 0
+        rows, steps = new.nonzero()[:, 0], owner[new].long()
+        dmade[rows, steps] = dstack[new]
+        dstack = dstack.masked_fill(new[..., None], 0.0).contiguous()
+        threads()
+        run: Any = kernel.backward
+        run(flat(leaf), flat(stack), flat(nodes), flat(made), flat(gates), chances.numpy(),
+            links.numpy(),
+            *(flat(_blocks(F.pad(w, (0, -size % kernel.BLOCK)), kernel.BLOCK))
+              for w in (left, right)),
+            flat(leaf.new_empty(0) if score is None else score), flat(dy.contiguous()),
+            flat(dstack), flat(dmade), flat(dleft), flat(dleft0), flat(dright), flat(dnode),
+            flat(dleaf), dscore.numpy(), ctx.dims)
+        with torch.autocast(leaf.device.type, enabled=False):
+            h, h_node, h_made = (x.view(-1, 2 * size)[:, :size] for x in (leaf, nodes, made))
+            dleaf.view(-1, 2 * size)[:, :size].addmm_(dright, right)
+            dstack.view(-1, 2 * size)[:, :size].addmm_(dleft0, left)
+            dw_left = torch.addmm(dleft0.T @ stack.view(-1, 2 * size)[:, :size], dleft.T, h_made)
+            dw_right = torch.addmm(dright.T @ h, dnode.T, h_node)
+        rows = 5 * size
+        return (dleaf, torch.cat([dw_left[:rows], dw_right[:rows]], 1),
+                (dright.sum(0) + dnode.sum(0))[:rows], dstack,
+                None if score is None else dscore.sum(0), None, None, None)
+
+
+def _blocks(x: Tensor, block: int) -> Tensor:
+    """(n, m) -> (m / block, n, block), contiguous."""
+    return x.unflatten(1, (-1, block)).transpose(0, 1).contiguous()
+
+
+def _marks(x: Tensor | None) -> Any:
+    return (torch.zeros(0, 0, dtype=torch.bool) if x is None else x.contiguous()).numpy()

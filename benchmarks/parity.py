@@ -82,6 +82,9 @@ LATENT = dict(q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_
               v_head_dim=10, num_key_value_heads=4)
 DEEPSEEK = {**HEADS, **LATENT, "first_k_dense_replace": 3}
 
+ZAMBA2 = dict(layers_block_type=["mamba", "hybrid", "hybrid"], n_mamba_heads=8, mamba_d_state=8,
+              adapter_rank=4, chunk_size=4)
+
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 10000.0, "rope_type": kind, **more}}
@@ -192,6 +195,14 @@ CASES = [
         **SMALL, "head_dim": 8, "num_local_experts": 1, "num_experts_per_tok": 1, "block_size": 4,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         **{f"{part}_alpha_factor": 6**0.25 for part in ("linear_attn", "full_attn", "mlp")}}),
+    Case("zamba2", "zamba2", {**SMALL, **ZAMBA2}),
+    Case("zamba2, two blocks in turn", "zamba2", {
+        **SMALL, **ZAMBA2, "num_key_value_heads": 4, "num_hidden_layers": 7, "num_mem_blocks": 2,
+        "use_shared_attention_adapter": True, "use_mem_rope": True, "mamba_ngroups": 2,
+        "time_step_min": 0.7,
+        "layers_block_type": ["hybrid", "hybrid", "mamba", "hybrid", "hybrid", "mamba", "hybrid"],
+        "add_bias_linear": True},
+         "the bias of in_proj reaches the convolution from padding", padded=False),
     Case("fnet", "fnet", {**{k: v for k, v in HEADS.items() if k != "num_attention_heads"},
                           "pad_token_id": 0}, padded=False),
     Case("nystromformer", "nystromformer", {

@@ -39,10 +39,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands in its stack; initialisations that depend on depth read it."""
+    """Where a layer stands in its stack; initialisations that depend on depth read it.
+
+    uses: how many layers of the stack share its weights.
+    """
 
     index: int = 0
     count: int = 1
+    uses: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,10 @@ class Mixer(nn.Module):
     mixer refuses `reset`."""
     shares: ClassVar[bool] = False
     """True if forward also takes `shared=`: a dict that lives for one pass through a stack, for
-    the few architectures in which a layer reads what an earlier one computed, reads the `tokens`
-    themselves (int64, if the stack is a model's), or adds to the loss (`add_loss`)."""
+    the few architectures in which a layer reads what an earlier one computed, what entered the
+    stack (`entrance`), which of its uses this is (`use`, from 0, where layers share its weights),
+    the `tokens` themselves (int64, if the stack is a model's), or adds to the loss (`add_loss`).
+    """
 
     def __init__(self, d_model: int, *, place: Place = Place()) -> None:
         super().__init__()

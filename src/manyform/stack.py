@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Stack(nn.ModuleList):
         self.residual = residual
         self.order: list[int] = []
         owners: dict[str, int] = {}
+        uses = Counter(layer.share for layer in layers)
         for i, layer in enumerate(layers):
             if layer.share is not None and layer.share in owners:
                 self.order.append(owners[layer.share])
@@ -34,8 +36,9 @@ class Stack(nn.ModuleList):
             self.order.append(len(self))
             if layer.share is not None:
                 owners[layer.share] = len(self)
-            self.append(Block(layer, d_model, place=Place(i, len(layers)), residual=residual,
-                              make_norm=make_norm))
+            place = Place(i, len(layers), 1 if layer.share is None else uses[layer.share])
+            self.append(Block(layer, d_model, place=place, residual=residual, make_norm=make_norm))
+        self.use = [self.order[:i].count(block) for i, block in enumerate(self.order)]
 
     @property
     def layers(self) -> list[Block]:
@@ -50,17 +53,21 @@ class Stack(nn.ModuleList):
         and a state for each layer. exits: what tokens may do on the way."""
         shared = {} if shared is None else shared
         after: list[BlockState] = []
+        outside = shared.get("entrance")  # of a stack around this one
+        shared["entrance"] = x
         dual = self.residual == "residual_dual"
         if dual:
             x = torch.stack([x, x])
         for i, block in enumerate(self.layers):
             before = state[i] if state is not None else None
+            shared["use"] = self.use[i]
             if exits is not None and exits.everyone_left:
                 after.append(block.remember(x, before, reset=reset, shared=shared))
                 continue
             new, layer = block(x, before, reset=reset, shared=shared)
             x = new if exits is None else exits(i + 1, x, new)
             after.append(layer)
+        shared["entrance"] = outside
         if dual:
             x, long = x
             return x + (long if final_norm is None else final_norm(long)), tuple(after)

@@ -174,3 +174,16 @@ def test_dynamic_positions_are_exact_as_far_as_trained_and_refused_beyond(copy):
     _, state = model(torch.zeros(1, 8, dtype=torch.int64))
     with pytest.raises(ManyformError, match="position 8 lies past the 8"):
         model(torch.zeros(1, 1, dtype=torch.int64), state)
+
+
+def test_a_use_of_a_shared_block_is_named_in_full(tmp_path):
+    torch.manual_seed(0)
+    model = manyform.create("mamba2 + none : zamba2 + none @ one", vocab_size=16, d_model=16,
+                            n_layers=4, norm_eps=1e-5, d_state=8, rank=2)
+    assert manyform.save_pretrained(model, tmp_path / "out") == "zamba2"
+    manyform.load_pretrained(tmp_path / "out")
+    name = "model.layers.1.shared_transformer.self_attn.linear_q_adapter_list.1.0.weight"
+    change_weights(tmp_path / "out", lambda w: w.pop(name))
+    refused(tmp_path / "out", "lacks " + name.replace(".", r"\."))
+    change_config(tmp_path / "out", layers_block_type=["mamba", "mystery", "mamba", "hybrid"])
+    refused(tmp_path / "out", "must list 4 layers as layers_block_type")

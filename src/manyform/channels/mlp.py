@@ -87,13 +87,16 @@ class GatedMLP(_Feedforward):
 
     def forward(self, x: Tensor, state: State = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, State]:
-        x = self.gate_up(x)
+        return self.gated(self.gate_up(x)), None
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """What follows both input maps, (..., 2 width)."""
         if self.activation == "silu" and self.gate_scale == 1:
-            y = self.down(swiglu(x))
+            y = self.down(swiglu(gate_up))
         else:
-            gate, up = x.chunk(2, dim=-1)
+            gate, up = gate_up.chunk(2, dim=-1)
             y = self.down(ACTIVATIONS[self.activation](gate * self.gate_scale) * up)
-        return (y if self.out_scale == 1 else y * self.out_scale), None
+        return y if self.out_scale == 1 else y * self.out_scale
 
     def deepnorm_weights(self) -> tuple[list[Tensor], list[Tensor]]:
         gate, up = self.gate_up.weight.chunk(2)

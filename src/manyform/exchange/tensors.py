@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,13 +120,19 @@ class Place:
         return [tuple(t.shape) for t in self.write(like)]
 
 
+_USE = re.compile(r"(.+?)\.uses\.(\d+)\.(.+)")
+
+
 def places(model: Model, top: Rules, block: Rules, layer: str) -> list[Place]:
     """The places of all parameters, tied ones once; KeyError for a parameter without a rule.
 
     top: rules by the names of our parameters, or the beginnings of them. block: those within a
     block; a rule for "attention:mixer_norm" holds where the block's mixer is attention, one for
     "parallel:mixer_norm" where that is the model's `residual`. layer: their name of layer "{i}",
-    with which the names of `block` begin (unless they begin with a slash).
+    with which the names of `block` begin (unless they begin with a slash). Layers that share their
+    weights lie where the first of them does, except for what is one use's own, "mixer.uses.3.x":
+    that lies in the layer of this use, by the rule for "mixer.uses.x", in which "{first}" stands
+    for the first of those layers and "{rank}" for this layer's among all that share weights.
     """
     found: list[Place] = []
     done: set[str] = set()
@@ -137,14 +144,24 @@ def places(model: Model, top: Rules, block: Rules, layer: str) -> list[Place]:
         begin, where, owner = "", "", None
         rules, inner = top, name
         tags: tuple[str, ...] = ()
+        numbers: dict[str, int] = {}
         if head == "blocks":
             number, _, inner = rest.partition(".")
-            i = order.index(int(number))  # of layers that share weights the first
-            begin, where, owner = f"blocks.{number}.", layer.format(i=i), stack[i]
+            users = [i for i, used in enumerate(order) if used == int(number)]
+            i = users[0]
+            begin, owner = f"blocks.{number}.", stack[i]
             rules, tags = block, (model.config.layers[i].mixer, model.config.residual)
+            use = _USE.fullmatch(inner)
+            if use:
+                inner, i = f"{use[1]}.uses.{use[3]}", users[int(use[2])]
+                shared = [n for n, spec in enumerate(model.config.layers) if spec.share is not None]
+                numbers = {"first": users[0], "rank": shared.index(i) if i in shared else 0}
+            where = layer.format(i=i)
         rule, ending = _match(inner, rules, tags, owner)
         ours = (name, *(begin + also for also in rule.also))
         theirs = tuple((n[1:] if n.startswith("/") else where + n) + ending for n in rule.names)
+        if numbers:
+            theirs = tuple(n.format(**numbers) for n in theirs)
         done.update(ours)
         found.append(Place(ours, theirs, rule, owner))
     return found

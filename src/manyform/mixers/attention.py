@@ -146,9 +146,14 @@ class Attention(SequenceMixer):
 
     def forward(self, x: Tensor, state: AttentionState | None = None, *,
                 reset: Tensor | None = None) -> tuple[Tensor, AttentionState]:
+        return self.attend(x, self.qkv(x), state, reset)
+
+    def attend(self, x: Tensor, qkv: Tensor, state: AttentionState | None,
+               reset: Tensor | None) -> tuple[Tensor, AttentionState]:
+        """What follows the projection of x to queries, keys and values, (batch, length,
+        (n_heads + 2 kv_heads) head_dim)."""
         batch, length, _ = x.shape
         heads, groups, d = self.n_heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(x)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         qkv = qkv.view(batch, length, heads + 2 * groups, d)

@@ -42,7 +42,7 @@ ENTRIES = [
              "2 gated_conv : attention(qk_norm=True, qk_norm_eps=1e-5)", rope_base=1e6,
              norm_eps=1e-5, kv_groups=4),
     Entry.of("zamba2", 2024, "Glorioso et al., The Zamba2 suite, arXiv:2411.15242", "hybrid",
-             "6 mamba2 + none : attention @ shared",
-             note="the shared block reads the residual stream, in the paper beside the embedding; "
-             "it has no low-rank additions of its own for each place", n_layers=14),
+             "5 mamba2 + none : zamba2 + none @ shared",
+             note="one shared block, as in the model of 1.2B parameters; the larger ones alternate "
+             "two", n_layers=12, d_state=64, norm_eps=1e-5),
 ]

@@ -10,6 +10,7 @@ from manyform.exchange.families import (
     parallel,
     recurrent,
     state_space,
+    zamba2,
 )
 from manyform.exchange.family import Family
 
@@ -17,5 +18,5 @@ FAMILIES: dict[str, Family] = {
     f.model_type: f for f in [*llama.FAMILIES, *gpt.FAMILIES, *state_space.FAMILIES,
                               *hybrid.FAMILIES, *recurrent.FAMILIES, *latent.FAMILIES,
                               *parallel.FAMILIES, *encoders.FAMILIES,
-                              *minimax.FAMILIES]}
+                              *minimax.FAMILIES, *zamba2.FAMILIES]}
 """By `model_type`, in the order in which an export tries them."""

@@ -28,7 +28,8 @@ class Case:
     """One oracle. config: fields of the tiny configuration of `model_type`. fault: what is wrong
     with the oracle in this version of transformers, in words. padded: left-padded rows are
     compared; tolerance: relative error allowed; attention: the oracle's implementation; call:
-    further arguments of the oracle; rows: of the batch."""
+    further arguments of the oracle; rows: of the batch; length: of the rows; architecture: the
+    oracle's class, where the family has another too."""
 
     name: str
     model_type: str
@@ -39,6 +40,8 @@ class Case:
     attention: str = "eager"
     call: Callable[[], dict[str, Any]] = dict
     rows: int = 2
+    length: int = LENGTH
+    architecture: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ LATENT = dict(q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_
               v_head_dim=10, num_key_value_heads=4)
 DEEPSEEK = {**HEADS, **LATENT, "first_k_dense_replace": 3}
 
+BIG_BIRD = dict(attention_type="block_sparse", block_size=5, num_random_blocks=1, sep_token_id=2)
 ZAMBA2 = dict(layers_block_type=["mamba", "hybrid", "hybrid"], n_mamba_heads=8, mamba_d_state=8,
               adapter_rank=4, chunk_size=4)
 
@@ -214,6 +218,9 @@ CASES = [
     Case("big_bird, as a dense decoder", "big_bird", {
         **HEADS, "attention_type": "original_full", "is_decoder": True, "bos_token_id": 1,
         "sep_token_id": 2}),
+    *(Case(f"big_bird, sparse, {n} tokens", "big_bird", {**HEADS, **BIG_BIRD},
+           "it draws its random blocks in training only: in evaluation all are the first block",
+           padded=False, length=n, architecture="BigBirdForMaskedLM") for n in (60, 58, 35)),
 ]
 
 
@@ -225,7 +232,7 @@ def oracle(case: Case) -> nn.Module:
     config = transformers.AutoConfig.for_model(case.model_type, **case.config)
     config._attn_implementation = case.attention
     torch.manual_seed(0)
-    model = getattr(transformers, family.architecture)(config)
+    model = getattr(transformers, case.architecture or family.architecture)(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -234,9 +241,9 @@ def oracle(case: Case) -> nn.Module:
     return model.eval().float()
 
 
-def tokens() -> Tensor:
+def tokens(length: int = LENGTH) -> Tensor:
     """Two rows of random tokens."""
-    return torch.randint(1, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    return torch.randint(1, VOCAB, (2, length), generator=torch.Generator().manual_seed(2))
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -251,7 +258,7 @@ def compare(case: Case, folder: Path) -> Result:
     theirs, extra = oracle(case), case.call()
     theirs.save_pretrained(folder / "theirs")
     ours = manyform.load_pretrained(folder / "theirs")
-    x = tokens()[:case.rows]
+    x = tokens(case.length)[:case.rows]
     if ours.causal:
         extra = {**extra, "use_cache": False}
     want = theirs(input_ids=x, **extra).logits
@@ -259,7 +266,7 @@ def compare(case: Case, folder: Path) -> Result:
     streaming = None
     if ours.causal:
         state, pieces = None, []
-        for t in range(LENGTH):
+        for t in range(case.length):
             logits, state = ours(x[:, t:t + 1], state)
             pieces.append(logits)
         streaming = relative(torch.cat(pieces, dim=1), want)

@@ -19,6 +19,9 @@ LAWS = [
     (Longformer, dict(window=6, dilation=2, causal=False, position="none")),
     (BigBird, dict(block=4)),
     (BigBird, dict(block=4, causal=False, n_heads=4)),
+    (BigBird, dict(block=4, random="first", random_blocks=2)),
+    (BigBird, dict(block=4, random="first", random_blocks=2, causal=False, dense_length=24,
+                   bias=True, out_bias=False)),
     (SparseTransformer, dict()),
     (SparseTransformer, dict(stride=5, position="none")),
     (SparseTransformer, dict(factors="fixed")),
@@ -141,6 +144,36 @@ def test_bigbird(causal):
         assert torch.equal(shorter, low[:, :50])
 
 
+@torch.no_grad()
+def test_bigbird_that_reads_its_first_block_again():
+    """Keys of the first block count three times where they are seen, those of short documents once;
+    both documents packed into a row."""
+    layer = make(BigBird, block=4, random="first", random_blocks=2, causal=False, dense_length=20,
+                 position="none")
+    long, short = X[:, :62], X[:, 62:80]
+    reset = torch.zeros(1, 80, dtype=torch.bool)
+    reset[:, [0, 62]] = True
+    got, _ = layer(X[:, :80], reset=reset)
+    for x, dense, y in ((long, False, got[:, :62]), (short, True, got[:, 62:])):
+        length, heads, d = x.shape[1], 4, 4
+        last = (length - 1) // 4
+        q, k, v = (x @ layer.qkv.weight.T).view(length, 3, heads, d).permute(1, 2, 0, 3)
+        out = torch.zeros(length, heads, d, dtype=x.dtype)
+        for h, i in itertools.product(range(heads), range(length)):
+            n, times = i // 4, torch.zeros(length, dtype=x.dtype)
+            for j in range(length):
+                m = j // 4
+                if dense or n in (0, last):
+                    times[j] = 1
+                elif m == 0:
+                    times[j] = 3
+                elif abs(m - n) <= 1 or m == last:
+                    times[j] = 1
+            p = times * (k[h] @ q[h, i] / 2).exp()
+            out[i, h] = p @ v[h] / p.sum()
+        assert torch.allclose(y[0], out.flatten(1) @ layer.out.weight.T, rtol=1e-9, atol=1e-10)
+
+
 def test_bigbird_saves_its_choice():
     first, second = make(BigBird, block=4), BigBird(16, n_heads=4, block=4).double()
     before, _ = blocks_of(second, 90, True)
@@ -204,6 +237,8 @@ def test_window_bounds_the_state():
     (SparseTransformer, dict(heads="both"), "unknown heads"),
     (SparseTransformer, dict(summary=4), "needs factors='fixed'"),
     (SparseTransformer, dict(factors="fixed", stride=4, summary=8), "not smaller"),
+    (BigBird, dict(random="frist"), "did you mean 'first'"),
+    (BigBird, dict(dense_length=9), "dense_length=9 needs causal=False"),
 ])
 def test_bad_options(cls, options, words):
     with pytest.raises(ManyformError, match=words):

@@ -275,12 +275,19 @@ class BigBird(SparseAttention):
       a document, which all see, and which see all; looking both ways also as many last ones, as in
       the released code. random_blocks: chosen for every head and block from those that the
       others leave, in the causal form from the earlier ones.
+    random: how they are chosen. "hashed": they follow from the saved `seed`, drawn when the mixer
+      is made, by a hash of head and block: a loaded model has the same ones, at any length.
+      "first": each is the first block of the document once more, whose keys then count 1 +
+      random_blocks times; this is what transformers computes with the published models whenever it
+      does not train.
+    dense_length: documents of up to so many tokens see all of themselves (None: none do); looking
+      both ways only, since a stream does not know how long its document will be.
     causal: else each token sees blocks on both sides, and no state is kept.
-    n_heads, head_dim, kv_heads, position ("rotary" or "none"), rope_base, bias: as in attention.
+    n_heads, head_dim, kv_heads, position ("rotary" or "none"), rope_base, bias, out_bias: as in
+    attention.
 
-    The random blocks follow from the saved `seed`, drawn when the mixer is made, by a hash of head
-    and block: a loaded model has the same ones, at any length. Since a later block may choose any
-    earlier one, the state of the causal form keeps all keys and values. Cost linear in T.
+    Since a later block may choose any earlier one, the state of the causal form keeps all keys and
+    values. Cost linear in T.
     """
 
     seed: Tensor
@@ -288,20 +295,30 @@ class BigBird(SparseAttention):
     def __init__(self, d_model: int, *, place: Place = Place(), n_heads: int | None = None,
                  head_dim: int | None = None, kv_heads: int | None = None, block: int = 64,
                  window_blocks: int = 3, global_blocks: int = 1, random_blocks: int = 3,
+                 random: str = "hashed", dense_length: int | None = None,
                  causal: bool = True, position: str = "rotary", rope_base: float = 10000.0,
-                 bias: bool = False) -> None:
+                 bias: bool = False, out_bias: bool | None = None) -> None:
         _at_least("block", block, 1)
         _at_least("window_blocks", window_blocks, 1)
         _at_least("global_blocks", global_blocks, 0)
         _at_least("random_blocks", random_blocks, 0)
+        _at_least("dense_length", dense_length, 1)
+        if random not in ("hashed", "first"):
+            raise unknown("random of bigbird", random, ("hashed", "first"))
+        if causal and dense_length is not None:
+            raise ManyformError(f"dense_length={dense_length} needs causal=False: a stream does "
+                                "not know how long its document will be")
         if not causal and window_blocks % 2 == 0:
             raise ManyformError("window_blocks must be odd where the window looks both ways, not "
                                 f"{window_blocks}")
         super().__init__(d_model, place=place, causal=causal, position=position, n_heads=n_heads,
-                         head_dim=head_dim, kv_heads=kv_heads, rope_base=rope_base, bias=bias)
+                         head_dim=head_dim, kv_heads=kv_heads, rope_base=rope_base, bias=bias,
+                         out_bias=out_bias)
         self.block, self.window_blocks = block, window_blocks
         self.global_blocks, self.random_blocks = global_blocks, random_blocks
-        self.register_buffer("seed", torch.randint(1 << 31, ()))
+        self.random, self.dense_length = random, dense_length
+        if random == "hashed":
+            self.register_buffer("seed", torch.randint(1 << 31, ()))
 
     @property
     def growth(self) -> tuple[StateGrowth, CostGrowth]:
@@ -323,17 +340,27 @@ class BigBird(SparseAttention):
         if not self.causal:
             blocks.append((last, last + few))
         before = low - few
-        for choice, exists in self._choices(own, before + last - high):
-            block = few + torch.where(choice < before, choice, choice + high - low)
-            blocks.append((block, torch.where(exists, block + 1, block)))
+        hashed = self.random == "hashed"
+        if hashed:
+            for choice, exists in self._choices(own, before + last - high):
+                block = few + torch.where(choice < before, choice, choice + high - low)
+                blocks.append((block, torch.where(exists, block + 1, block)))
         seen = [tuple(torch.minimum(start + edge * self.block, end) for edge in pair)
                 for pair in blocks]
-        if not self.causal and few:
-            sees_all = (own < few) | (own >= last)
+        orders = []
+        if not hashed:  # the sequence once more for each of them, of which the first block is seen
+            stop = torch.minimum(start + self.block, end)
+            for i in range(1, self.random_blocks + 1):
+                orders.append(torch.arange(here.total, device=at.device)[None])
+                seen.append((i * here.total + start, i * here.total + stop))
+        if not self.causal:
+            sees_all = (own < few) | (own >= last) if few else own < 0
+            if self.dense_length is not None:
+                sees_all = sees_all | (end - start <= self.dense_length)
             seen = [tuple(torch.where(sees_all, bound, edge) for edge, bound in zip(
                 pair, (start, end if i == 0 else start), strict=True))
                 for i, pair in enumerate(seen)]
-        return *stacked(seen), []  # type: ignore[arg-type]
+        return *stacked(seen), orders  # type: ignore[arg-type]
 
     def _choices(self, own: Tensor, number: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Different numbers below `number`, (batch or 1, n_heads, T) each, and whether there are so

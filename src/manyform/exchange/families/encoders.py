@@ -1,4 +1,4 @@
-"""Encoders in BERT's shape: FNet, Longformer, Nystromformer, and BigBird as a decoder."""
+"""Encoders in BERT's shape: FNet, Longformer, Nystromformer, BigBird, also as a decoder."""
 
 from __future__ import annotations
 
@@ -136,17 +136,48 @@ LONGFORMER = Family(
     harmless=frozenset({"attention_mode", "gradient_checkpointing", "ignore_attention_mask",
                         "onnx_export"}))
 
+def _read_bird(theirs: Fields, draft: Draft) -> None:
+    """A dense decoder, or an encoder with sparse attention."""
+    decoder, kind = theirs.get("is_decoder", False), theirs.get("attention_type", "block_sparse")
+    if (kind == "original_full") != decoder:
+        raise ManyformError(f"{theirs.where} sets attention_type={kind!r} of "
+                            f"{'a decoder' if decoder else 'an encoder'}; manyform represents "
+                            "'original_full' decoders and 'block_sparse' encoders")
+    mixer = "attention" if decoder else "bigbird"
+    for option, value in {"n_heads": theirs.get("num_attention_heads"), "position": "none",
+                          "bias": theirs.get("use_bias", True), "out_bias": True}.items():
+        draft.set(f"{mixer}.{option}", value)
+    size, few = theirs.get("block_size", 64), theirs.get("num_random_blocks", 3)
+    if not decoder:
+        # Its random blocks are drawn in training; in evaluation each is the first block again.
+        for option, value in {"block": size, "random_blocks": few, "window_blocks": 3,
+                              "global_blocks": 1, "random": "first", "causal": False,
+                              "dense_length": (5 + 2 * few) * size}.items():
+            draft.set(f"bigbird.{option}", value)
+    draft.layers += [Layer(mixer, "mlp") for _ in range(draft.config["n_layers"])]
+
+
+def _write_bird(model: Model, theirs: dict[str, Any]) -> None:
+    mixer: Any = model.blocks.layers[0].mixer
+    name = model.config.layers[0].mixer
+    if name not in ("attention", "bigbird"):
+        raise Unfit(f"its mixer is {name}, not attention or bigbird")
+    sparse = name == "bigbird"
+    theirs.update(is_decoder=not sparse, num_attention_heads=mixer.n_heads, use_bias=mixer.bias,
+                  attention_type="block_sparse" if sparse else "original_full")
+    if sparse:
+        theirs.update(architectures=["BigBirdForMaskedLM"], block_size=mixer.block,
+                      num_random_blocks=mixer.random_blocks)
+
+
 BIG_BIRD = Family(
     "big_bird", "BigBirdForCausalLM",
-    (*bert(1e-12, 2, "gelu_new"), Key("num_attention_heads", "attention.n_heads"),
-     Key("use_bias", "attention.bias", True), Key("max_position_embeddings", "max_length", 4096),
-     Choice("hidden_act", "head_map", default="gelu_new"), Only("is_decoder", (True,), False),
-     # Its sparse form draws its random blocks from numpy, in an order of its own.
-     Only("attention_type", ("original_full",), "block_sparse"),
-     Only("add_cross_attention", (False,)), Only("rescale_embeddings", (False,)),
-     Fixed({"attention.position": "none", "attention.out_bias": True})),
-    _top("bert"), _BLOCK, layer="bert.encoder.layer.{i}.", prefix="bert.", channel="mlp",
-    ignored=_POOLER,
-    harmless=frozenset({"block_size", "num_random_blocks", "position_embedding_type"}))
+    (*bert(1e-12, 2, "gelu_new"), Both(_read_bird, _write_bird),
+     Key("max_position_embeddings", "max_length", 4096),
+     Choice("hidden_act", "head_map", default="gelu_new"), Only("add_cross_attention", (False,)),
+     Only("rescale_embeddings", (False,))),
+    _top("bert"), _BLOCK, layer="bert.encoder.layer.{i}.", prefix="bert.",
+    ignored=(*_POOLER, "cls.seq_relationship.weight", "cls.seq_relationship.bias"),
+    harmless=frozenset({"position_embedding_type"}))
 
 FAMILIES = [FNET, NYSTROMFORMER, LONGFORMER, BIG_BIRD]

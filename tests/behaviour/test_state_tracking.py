@@ -3,6 +3,11 @@
 Grazzi 2024 (arXiv:2411.12537), table 3, scaled accuracy of the best of 3 seeds after 20 thousand
 steps (parity) or 100 thousand (arithmetic) of 256 rows, at lengths from 40 to 256. Parity comes out
 so here with a thirtieth of the rows.
+
+Not reproduced: arithmetic. After 1200 steps of 64 rows, a three-hundredth of the published
+training, every model answers the first digits of an expression (0.16 to 0.42 of scaled accuracy
+within the lengths of training, where two digits are 0.1) and none anything beyond them, so that the
+low figures of mLSTM and Mamba say nothing yet either.
 """
 
 import pytest
@@ -68,6 +73,6 @@ def test_parity(name, claimed, steps, options, record, request):
 def test_modular_arithmetic(name, claimed, options, record, request):
     shares = found(trained(name, ARITHMETIC, 1200, **options), ARITHMETIC)
     record(f"arithmetic modulo 5, trained to 40, at 256: {request.node.callspec.id}",
-           source=SOURCE, claim=f"{claimed:.3f} of scaled accuracy",
-           reproduced=abs(shares["beyond"] - claimed) < 0.1, **shares)
-    assert shares["within"] > 0.05
+           source=SOURCE, claim=f"{claimed:.3f} of scaled accuracy", **shares,
+           reproduced=shares["within"] > 0.9 and abs(shares["beyond"] - claimed) < 0.1)
+    assert shares["within"] > 0.12

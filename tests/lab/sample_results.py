@@ -143,7 +143,14 @@ def _probe(accuracy: float, chance: float, setting: str) -> dict[str, Any]:
     from manyform.lab.probes import wilson
     hits = round(512 * accuracy)
     low, high = wilson(hits, 512)
+    answers = 128 if chance == 0.5 else 8
+    unsure = min(1.0, (1 - accuracy) / (1 - chance) + 1e-4)
+    bits = unsure * -math.log2(chance)
+    exact, brier = round(512 * 2 ** (-answers * bits)) / 512, unsure * (1 - chance)
     return {"accuracy": hits / 512, "low": low, "high": high, "chance": chance, "n": 512,
+            "log_prob": -bits * math.log(2), "bits": bits, "brier": brier,
+            "exact": exact, "answers": float(answers), "exact_bits": bits,
+            "exact_brier": brier, "bits_at_train_length": bits,
             "setting": setting, "train_length": 32, "test_length": 128,
             "at_train_length": min(1.0, accuracy + 0.02), "steps": 600, "params": 120_000,
             "seconds": 7.5}

@@ -71,6 +71,12 @@ def test_a_comparison_has_everything(undisturbed):
         assert [d["context"] for d in a["decode"]] == [16, 64]
         assert [row["factor"] for row in a["length"]] == [1, 2, 4, 8]
         assert set(a["probes"]) == {"mqar", "parity"}
+        for probe, answers in (("mqar", 4), ("parity", 64)):
+            found = a["probes"][probe]
+            assert found["answers"] == answers
+            assert 0 < found["bits"] < 10
+            assert 0 < found["brier"] < 2
+            assert found["exact"] <= found["accuracy"]
         assert a["paths"]
         assert a["seconds"]["tune"] > 0
     llama, gru = (r["archs"][n]["decode"] for n in ("llama", "gru"))
@@ -79,6 +85,9 @@ def test_a_comparison_has_everything(undisturbed):
     assert json.loads((r.path / "results.json").read_text()) == r
     table = (r.path / "results.csv").read_text().splitlines()
     assert len(table) == 3
+    columns = dict(zip(table[0].split(","), table[1].split(","), strict=False))
+    assert float(columns["parity_bits"]) == r["archs"]["llama"]["probes"]["parity"]["bits"]
+    assert 'id="plot-twins"' in r.report.read_text()
     assert len((r.path / "curves.csv").read_text().splitlines()) > 20
 
 
@@ -132,6 +141,33 @@ def test_a_later_architecture_and_a_further_seed(text, undisturbed, tmp_path):
     assert r["archs"]["rnn"]["target_params"] == r["archs"]["llama"]["params"]
     assert all(f.read_bytes() == content for f, content in before.items())
     assert r["complete"]
+
+
+def test_a_folder_from_before_the_twins_goes_on_and_says_what_it_lacks(
+        text, undisturbed, tmp_path):
+    out = tmp_path / "old"
+    shutil.copytree(undisturbed.path, out)
+    for file in out.glob("tasks/*/probe-*.json"):
+        task = json.loads(file.read_text())
+        for key in ("log_prob", "bits", "brier", "exact", "answers", "exact_bits", "exact_brier",
+                    "bits_at_train_length"):
+            del task["result"][key]
+        file.write_text(json.dumps(task))
+    r = lab.compare(resume=out, show=False)
+    assert r["complete"]
+    assert "bits" not in r["archs"]["gru"]["probes"]["parity"]
+    page = r.report.read_text()
+    assert "The probes of llama and gru hold accuracies alone" in page.replace(
+        "gru and llama", "llama and gru")
+    assert 'id="plot-twins"' not in page
+    for file in out.glob("tasks/gru/probe-*.json"):
+        file.unlink()
+    again = lab.compare(resume=out, show=False)
+    assert again["archs"]["gru"]["probes"]["parity"]["bits"] == \
+        undisturbed["archs"]["gru"]["probes"]["parity"]["bits"]
+    page = again.report.read_text()
+    assert "The probes of llama hold accuracies alone" in page
+    assert 'id="plot-twins"' in page
 
 
 def test_other_settings_are_refused_on_the_same_folder(text, undisturbed):

@@ -94,7 +94,7 @@ def test_a_full_report_draws_every_chart(driver, pages):
     show(driver, pages["full"])
     charts = drawn(driver)
     assert set(charts) == {"curves", "pareto", "latency", "state", "length", "tuning", "probes",
-                           "budget"}
+                           "twins", "budget"}
     for chart, names in charts.items():
         if chart != "budget":
             assert len(names) == 6, chart

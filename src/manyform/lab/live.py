@@ -239,8 +239,9 @@ def _summary(task: Task, result: dict[str, Any]) -> str:
         return "; ".join(f"{r['factor']}x: {r['bpb']:.3f}" for r in result["rows"]
                          if r["bpb"] is not None)
     r = result["result"]
+    bits = "" if r.get("bits") is None else f", {r['bits']:.3f} bits an answer"
     return (f"accuracy {r['accuracy']:.2f} [{r['low']:.2f}, {r['high']:.2f}], "
-            f"chance {r['chance']:.2f}")
+            f"chance {r['chance']:.2f}{bits}")
 
 
 def _count(n: float | None) -> str:

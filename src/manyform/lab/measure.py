@@ -175,8 +175,11 @@ def run_probe(arch: str, probe: Probe, steps: int, device: torch.device, *,
               ) -> dict[str, Any]:
     """Train a small model on the probe, for its share of `steps`, and score it on fresh examples.
 
-    -> {"accuracy", "low", "high" (95%), "chance", "n", "setting", "train_length", "test_length",
-    "at_train_length" (accuracy there), "steps", "params", "seconds"}.
+    -> {"accuracy", "low", "high" (95%), its continuous twins "log_prob" (mean, nats), "bits" and
+    "brier" of the same answers, "chance", "n", "setting", "train_length", "test_length",
+    "at_train_length" and "bits_at_train_length" (accuracy and bits there), "exact" (share of
+    sequences whose every answer is right), "answers" (of a sequence), "exact_bits" and
+    "exact_brier" (means over those answers), "steps", "params", "seconds"}.
     """
     started = time.perf_counter()
     steps = probe.steps(steps)
@@ -187,17 +190,20 @@ def run_probe(arch: str, probe: Probe, steps: int, device: torch.device, *,
         report(trainer.step_count / steps, loss=done.loss)
         if trainer.guard.diverged:
             raise DivergedError(f"training on the probe diverged at step {done.step}")
-    hits, n = score(model, probe, probe.test_length)
-    near = hits, n
+    last, whole = score(model, probe, probe.test_length)
+    near = last
     if probe.test_length != probe.train_length:
-        near = score(model, probe, probe.train_length)
-    low, high = wilson(hits, n)
-    return {"accuracy": hits / n, "low": low, "high": high, "chance": probe.chance, "n": n,
+        near, _ = score(model, probe, probe.train_length)
+    low, high = wilson(round(last.exact * last.items), last.items)
+    return {"accuracy": last.exact, "low": low, "high": high, "log_prob": last.log_prob,
+            "bits": last.bits, "brier": last.brier, "chance": probe.chance, "n": last.items,
+            "exact": whole.exact, "answers": whole.tokens, "exact_bits": whole.bits,
+            "exact_brier": whole.brier,
             "setting": f"{probe.setting}; {steps} steps of {BATCH} sequences, "
                        f"{model.config.n_layers} layers of width {D_MODEL}",
             "train_length": probe.train_length, "test_length": probe.test_length,
-            "at_train_length": near[0] / near[1], "steps": steps, "params": model.num_params(),
-            "seconds": time.perf_counter() - started}
+            "at_train_length": near.exact, "bits_at_train_length": near.bits, "steps": steps,
+            "params": model.num_params(), "seconds": time.perf_counter() - started}
 
 
 def probe_trainer(model: Any, probe: Probe, steps: int) -> Trainer:

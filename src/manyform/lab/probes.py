@@ -2,7 +2,8 @@
 
 Both are trained from nothing with one small model of each architecture, the same steps and the
 same examples for all, and scored on fresh examples, one independent answer a sequence, so that
-the binomial interval is honest.
+the binomial interval is honest. Every accuracy comes with its continuous twins, which move before
+it does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from manyform.scaling.emergence import Twins, twins
 
 D_MODEL, N_LAYERS, BATCH, TESTED = 64, 2, 32, 512
 LEARNING_RATE = 3e-3
@@ -88,17 +91,19 @@ def examples(probe: Probe, stream: int, index: int, count: int, length: int,
 
 
 @torch.inference_mode()
-def score(model: torch.nn.Module, probe: Probe, length: int) -> tuple[int, int]:
-    """(hits, sequences): the last answer of each of `TESTED` fresh sequences."""
+def score(model: torch.nn.Module, probe: Probe, length: int) -> tuple[Twins, Twins]:
+    """(last, whole) of `TESTED` fresh sequences: the last answer of each, by itself, and all the
+    answers of a sequence, where `exact` asks that every one is right."""
     device = next(model.parameters()).device
-    hits = n = 0
     model.eval()
+    chances, answers = [], []
     for index in range(0, TESTED // BATCH):
         tokens, targets = examples(probe, 1, index, BATCH, length)
-        logits = model(tokens.to(device))[0].float().cpu()
-        asked = targets != -100
-        last = (asked * torch.arange(length)).argmax(1)
-        rows = torch.arange(BATCH)
-        hits += int((logits[rows, last].argmax(-1) == targets[rows, last]).sum())
-        n += BATCH
-    return hits, n
+        chances.append(model(tokens.to(device))[0].float().cpu().log_softmax(-1))
+        answers.append(targets)
+    log_probs, targets = torch.cat(chances).numpy(), torch.cat(answers)
+    asked = targets != -100
+    place = (asked * torch.arange(length)).argmax(1, keepdim=True)
+    last = asked & (torch.arange(length) == place)
+    right = targets.clamp_min(0)
+    return twins(log_probs, right, last), twins(log_probs, right, asked)

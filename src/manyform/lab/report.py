@@ -21,6 +21,7 @@ from typing import Any
 from manyform.errors import ManyformError
 from manyform.lab import findings, tables, words
 from manyform.lab.findings import finals, title
+from manyform.lab.probes import wilson
 from manyform.lab.statistics import compare_all
 from manyform.lab.tables import Table, summary_table
 from manyform.lab.tasks import write_atomically
@@ -248,7 +249,12 @@ _CHARTS = (
      "all; a ring marks the rate that was chosen.", tables.tuning_table, "",
      (("logx", "logx", "log x", True), ("logy", "logy", "log y", False))),
     ("probes", "Probes", "Accuracy on fresh examples with 95% intervals; the dashed line is "
-     "chance.", tables.probes_table, "wide", ()))
+     "chance.", tables.probes_table, "wide", ()),
+    ("twins", "Probes and their continuous twins", "Bits that a right answer costs, less is "
+     "better. Open: the share of last answers that are right, with the line p, the chance that "
+     "these bits stand for. Filled: the share of sequences whose every answer is right, with the "
+     "line p^L for L answers a sequence. Where filled markers follow p^L, a leap of the exact "
+     "match is the metric's doing and not the model's.", tables.twins_table, "wide", ()))
 
 
 def _charts(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
@@ -258,12 +264,14 @@ def _charts(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
         has = table.rows and (key != "pareto" or finals(results))
         if not has:
             out += (f'<figure class="chart empty {shape}"><figcaption><h3>{name}</h3>'
-                    '<p class="note">Not measured yet.</p></figcaption></figure>')
+                    f'<p class="note">{_esc(table.missing or "Not measured yet.")}'
+                    '</p></figcaption></figure>')
             continue
         under = "" if table.csv_only or key == "pareto" else (
             f"<details class='data'><summary>Data</summary>{_plain_table(table, styles)}</details>")
         out += (f'<figure class="chart {shape}" id="figure-{key}"><figcaption><h3>{name}</h3>'
-                f'<p class="note">{_esc(text)}</p></figcaption>{_switches(key, switches)}'
+                f'<p class="note">{_esc(f"{text} {table.missing}".strip())}</p></figcaption>'
+                f'{_switches(key, switches)}'
                 f'<div class="plot" id="plot-{key}" role="img" '
                 f'aria-label="{_esc(f"Chart: {name}. {text} The data is in the CSV below.")}">'
                 f"</div>{under}{_source(table, results)}</figure>")
@@ -346,13 +354,21 @@ def _payload(results: Mapping[str, Any], styles: Mapping[str, Any]) -> dict[str,
                        for r in a.get("length") or []],
             "tuning": [{k: t.get(k) for k in ("lr", "bpb", "seconds")}
                        for t in a.get("tuning") or []], "lr": a.get("lr"),
-            "probes": {p: {k: r.get(k) for k in ("accuracy", "low", "high", "chance",
-                                                 "at_train_length")}
-                       for p, r in (a.get("probes") or {}).items()},
+            "probes": {p: _probe(r) for p, r in (a.get("probes") or {}).items()},
             "seconds": a.get("seconds") or {}}
     probes = sorted({p for a in archs.values() for p in a.get("probes") or {}})
     return {"archs": out, "order": tables.order(results), "probes": {p: title(p) for p in probes},
             "kinds": tables.KINDS}
+
+
+def _probe(r: Mapping[str, Any]) -> dict[str, Any]:
+    """A probe's figures, with the interval of its exact match."""
+    keys = ("accuracy", "low", "high", "chance", "at_train_length", "bits", "exact", "exact_bits",
+            "answers")
+    found = {k: r.get(k) for k in keys}
+    if tables.predicted(r) is not None:
+        found["exact_low"], found["exact_high"] = wilson(round(r["exact"] * r["n"]), r["n"])
+    return found
 
 
 def _curve(run: Mapping[str, Any], per_byte: float) -> dict[str, list[Any]]:

@@ -113,6 +113,10 @@ def write(folder: RunFolder) -> dict[str, Any]:
     return results
 
 
+PROBE_FIGURES = ("accuracy", "low", "high", "chance", "bits", "brier", "exact", "exact_bits")
+"""Of every probe, in results.csv."""
+
+
 def table_csv(results: dict[str, Any]) -> str:
     """One line an architecture."""
     contexts = results["plan"]["contexts"]
@@ -122,7 +126,7 @@ def table_csv(results: dict[str, Any]) -> str:
               "peak_memory_bytes", "flops_per_token"]
     header += [f"{what}_at_{c}" for what in ("ms_per_token", "state_bytes") for c in contexts]
     header += [f"bpb_at_{f}x" for f in factors]
-    header += [f"{p}_{k}" for p in PROBES for k in ("accuracy", "low", "high", "chance")]
+    header += [f"{p}_{k}" for p in PROBES for k in PROBE_FIGURES]
     lines = []
     for name, a in results["archs"].items():
         bpb = [r["final_bpb"] for r in a["runs"] if r["final_bpb"] is not None]
@@ -138,8 +142,7 @@ def table_csv(results: dict[str, Any]) -> str:
             a["flops_per_token"],
             *(decode.get(c, {}).get(k) for k in ("ms_per_token", "state_bytes") for c in contexts),
             *(length.get(f, {}).get("bpb") for f in factors),
-            *(a["probes"].get(p, {}).get(k) for p in PROBES
-              for k in ("accuracy", "low", "high", "chance")), a["error"]])
+            *(a["probes"].get(p, {}).get(k) for p in PROBES for k in PROBE_FIGURES), a["error"]])
     return _csv([*header, "error"], lines)
 
 

@@ -12,7 +12,18 @@ from typing import Any
 from manyform.lab import curves, findings
 from manyform.lab.findings import leaders, ranked, title
 from manyform.lab.statistics import Comparison, compare_all
-from manyform.lab.words import bpb, clock, context, count, millis, power, share, size
+from manyform.lab.words import (
+    bits,
+    bpb,
+    clock,
+    context,
+    count,
+    millis,
+    power,
+    share,
+    size,
+    words,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class Cell:
 @dataclass(frozen=True)
 class Table:
     """key: name of its CSV file. columns: headings; rows of Cells, the first naming an
-    architecture where `by_arch`. source: where in results.json the figures stand."""
+    architecture where `by_arch`. source: where in results.json the figures stand. missing: a
+    sentence on what could not be shown."""
 
     key: str
     title: str
@@ -37,6 +49,7 @@ class Table:
     note: str = ""
     by_arch: bool = True
     csv_only: bool = False
+    missing: str = ""
 
     def csv(self) -> str:
         """Raw values, full precision."""
@@ -231,14 +244,51 @@ def length_table(results: Mapping[str, Any]) -> Table:
 
 
 def probes_table(results: Mapping[str, Any]) -> Table:
-    """Accuracy with its interval against chance."""
+    """Accuracy with its interval against chance, and its continuous twins."""
     rows = [[_name(n), Cell(p, title(p)), *(Cell(r.get(k), share(r.get(k))) for k in (
         "accuracy", "low", "high", "at_train_length", "chance")),
+        *(Cell(r.get(k), bits(r.get(k))) for k in ("bits", "brier")),
         Cell(r.get("setting"), r.get("setting") or "")]
-        for n in order(results) for p, r in (results["archs"][n].get("probes") or {}).items()]
+        for n, p, r in _probed(results)]
     return Table("probes", "Probes", ("architecture", "probe", "accuracy", "low", "high",
-                                      "at training length", "chance", "setting"), rows,
+                                      "at training length", "chance", "bits an answer",
+                                      "Brier score", "setting"), rows,
                  "results.json: archs.*.probes")
+
+
+def twins_table(results: Mapping[str, Any]) -> Table:
+    """The share of sequences that are right throughout, against what their bits predict."""
+    rows = [[_name(n), Cell(p, title(p)), Cell(r["answers"], f"{r['answers']:g}"),
+             Cell(r["exact_bits"], bits(r["exact_bits"])),
+             Cell(r.get("exact_brier"), bits(r.get("exact_brier"))),
+             Cell(r["exact"], share(r["exact"])), Cell(p_l := predicted(r), share(p_l))]
+            for n, p, r in _probed(results) if predicted(r) is not None]
+    return Table("twins", "Probes and their continuous twins", (
+        "architecture", "probe", "answers a sequence", "bits an answer", "Brier score", "all right",
+        "predicted, p^L"), rows, "results.json: archs.*.probes", missing=_without_twins(results))
+
+
+def predicted(probe: Mapping[str, Any]) -> float | None:
+    """p^L: the share of sequences whose every answer is right, if each of the L answers were right
+    by itself with the chance p that their mean bits give; None where these were not measured."""
+    if probe.get("exact_bits") is None or probe.get("answers") is None:
+        return None
+    return 2.0 ** (-probe["answers"] * probe["exact_bits"])
+
+
+def _probed(results: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(architecture, probe, figures) of every probe that was run."""
+    return [(n, p, r) for n in order(results)
+            for p, r in (results["archs"][n].get("probes") or {}).items()]
+
+
+def _without_twins(results: Mapping[str, Any]) -> str:
+    """A sentence where probes were run by a version that kept accuracies alone."""
+    bare = list(dict.fromkeys(n for n, _, r in _probed(results) if r.get("bits") is None))
+    return "" if not bare else (
+        f"The probes of {words(bare)} hold accuracies alone: they are older than the continuous "
+        "twins, or their loss is not finite. Delete probe-*.json in their folders under tasks/ and "
+        "resume to measure them again.")
 
 
 def tuning_table(results: Mapping[str, Any]) -> Table:

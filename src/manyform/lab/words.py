@@ -60,6 +60,13 @@ def bpb(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def bits(value: float | None) -> str:
+    """Bits of an answer, or its Brier score: three decimals, small ones in powers of ten."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
 def share(value: float | None) -> str:
     """0.983 -> "98%"."""
     return "" if value is None else f"{100 * value:.0f}%"

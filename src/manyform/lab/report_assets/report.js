@@ -229,24 +229,36 @@
       yaxis: axis("bits per byte", log(on.logy, traces.flatMap((t) => t.y), "~g")) })];
   };
 
+  // A panel for each probe: side by side, or on a narrow screen one below the other.
+  function panels(div, kinds) {
+    const stacked = narrow(div);
+    const gap = stacked ? 0.22 : 0.06;
+    const part = (1 - gap * (kinds.length - 1)) / Math.max(1, kinds.length);
+    return kinds.map((k, i) => {
+      const id = i ? i + 1 : "";
+      const from = i * (part + gap);
+      const to = Math.min(1, from + part);
+      return { k, id, stacked, labels: stacked || i === 0,
+        x: { anchor: `y${id}`, domain: stacked ? [0, 1] : [from, to] },
+        y: { anchor: `x${id}`, domain: stacked ? [Math.max(0, 1 - to), 1 - from] : [0, 1] },
+        line: (at) => ({ type: "line", xref: `x${id}`, yref: `y${id} domain`, x0: at, x1: at, y0: 0, y1: 1,
+          line: { color: css("--soft"), width: 1.4, dash: "dash" } }),
+        heading: (chance) => ({ xref: `x${id} domain`, yref: `y${id} domain`, x: stacked ? 1 : 0, y: 1, xanchor: stacked ? "right" : "left",
+          yanchor: "bottom", showarrow: false, text: `<b>${text(figures.probes[k])}</b>, chance ${chance}`, font: { color: css("--ink"), size: 12.5 } }) };
+    });
+  }
   draw.probes = (div) => {
     const kinds = Object.keys(figures.probes);
     const listed = shown().filter((n) => kinds.some((k) => archs[n].probes[k])).reverse();
-    const stacked = narrow(div);
     const traces = [];
     const shapes = [];
     const notes = [];
     const more = { margin: { l: 10, r: 14, t: 26, b: 36 } };
-    const gap = stacked ? 0.22 : 0.06;
-    const part = (1 - gap * (kinds.length - 1)) / Math.max(1, kinds.length);
-    kinds.forEach((k, i) => {
-      const id = i ? i + 1 : "";
-      const from = i * (part + gap);
-      const domain = [from, Math.min(1, from + part)];
-      const down = [Math.max(0, 1 - domain[1]), 1 - domain[0]];
-      more[`xaxis${id}`] = axis("", { range: [-0.03, 1.03], tickformat: ".0%", anchor: `y${id}`, domain: stacked ? [0, 1] : domain });
-      more[`yaxis${id}`] = axis("", { anchor: `x${id}`, domain: stacked ? down : [0, 1], type: "category", categoryorder: "array",
-        categoryarray: listed.map(text), range: [-0.6, listed.length - 0.4], showticklabels: stacked || i === 0,
+    for (const p of panels(div, kinds)) {
+      const { k, id } = p;
+      more[`xaxis${id}`] = axis("", { range: [-0.03, 1.03], tickformat: ".0%", ...p.x });
+      more[`yaxis${id}`] = axis("", { ...p.y, type: "category", categoryorder: "array",
+        categoryarray: listed.map(text), range: [-0.6, listed.length - 0.4], showticklabels: p.labels,
         tickfont: { color: css("--ink"), size: 12 }, ticks: "" });
       for (const n of listed) {
         const r = archs[n].probes[k];
@@ -258,13 +270,50 @@
             + `${has(r.at_train_length) ? `<br>${(100 * r.at_train_length).toFixed(1)}% at the training length` : ""}<extra></extra>` });
       }
       const any = names.map((n) => archs[n].probes[k]).find(Boolean);
-      shapes.push({ type: "line", xref: `x${id}`, yref: `y${id} domain`, x0: any.chance, x1: any.chance, y0: 0, y1: 1,
-        line: { color: css("--soft"), width: 1.4, dash: "dash" } });
-      notes.push({ xref: `x${id} domain`, yref: `y${id} domain`, x: stacked ? 1 : 0, y: 1, xanchor: stacked ? "right" : "left", yanchor: "bottom", showarrow: false,
-        text: `<b>${text(figures.probes[k])}</b>, chance ${(100 * any.chance).toFixed(0)}%`, font: { color: css("--ink"), size: 12.5 } });
-    });
-    const height = (26 * listed.length + 46) * (stacked ? kinds.length : 1) + 44;
+      shapes.push(p.line(any.chance));
+      notes.push(p.heading(`${(100 * any.chance).toFixed(0)}%`));
+    }
+    const height = (26 * listed.length + 46) * (narrow(div) ? kinds.length : 1) + 44;
     return [traces, layout(div, { ...more, shapes, annotations: notes, height })];
+  };
+  draw.twins = (div) => {
+    const least = 1e-6;  // bits, for a logarithmic axis
+    const told = (n, k) => archs[n].probes[k] && has(archs[n].probes[k].exact_bits);
+    const kinds = Object.keys(figures.probes).filter((k) => names.some((n) => told(n, k)));
+    const traces = [];
+    const shapes = [];
+    const notes = [];
+    const more = {};
+    for (const p of panels(div, kinds)) {
+      const { k, id } = p;
+      const on = { xaxis: `x${id}`, yaxis: `y${id}` };
+      const all = names.filter((n) => told(n, k)).map((n) => archs[n].probes[k]);
+      const { chance, answers } = all[0];
+      const bits = all.flatMap((r) => [r.bits, r.exact_bits]).map((b) => Math.max(b, least));
+      const ends = [Math.log10(Math.min(...bits)) - 0.2, Math.log10(Math.max(...bits, -Math.log2(chance))) + 0.2];
+      const grid = Array.from({ length: 81 }, (_, i) => 10 ** (ends[0] + (i / 80) * (ends[1] - ends[0])));
+      for (const [power, dash] of [[1, "solid"], [answers, "dot"]]) {
+        traces.push({ type: "scatter", mode: "lines", x: grid, y: grid.map((b) => 2 ** (-power * b)), ...on,
+          line: { color: css("--soft"), width: 1.3, dash }, hoverinfo: "skip" });
+      }
+      for (const n of shown().filter((m) => told(m, k))) {
+        const r = archs[n].probes[k];
+        for (const [y, b, low, high, open, what] of [[r.accuracy, r.bits, r.low, r.high, "-open", "of last answers"],
+          [r.exact, r.exact_bits, r.exact_low, r.exact_high, "", `of sequences with all ${answers} answers`]]) {
+          traces.push({ type: "scatter", mode: "markers", x: [Math.max(b, least)], y: [y], meta: n, cliponaxis: false, ...on,
+            marker: { color: color(n), symbol: archs[n].symbol + open, size: 9, line: { color: color(n), width: open ? 2 : 0 } },
+            error_y: { type: "data", array: [high - y], arrayminus: [y - low], color: fade(color(n), 0.6), thickness: 1.2, width: 3 },
+            hovertemplate: `<b>${text(n)}</b><br>%{y:.1%} ${what} right<br>${b.toPrecision(3)} bits an answer<extra></extra>` });
+        }
+      }
+      more[`xaxis${id}`] = axis("bits an answer", { type: "log", range: ends, tickformat: "~g",
+        dtick: ends[1] - ends[0] > 2.5 ? 1 : "D2", ...p.x });
+      more[`yaxis${id}`] = axis(p.labels ? "right" : "", { range: [-0.04, 1.04], tickformat: ".0%", showticklabels: p.labels, ...p.y });
+      shapes.push(p.line(-Math.log2(chance)));
+      notes.push(p.heading(`${+(-Math.log2(chance)).toPrecision(3)} ${chance === 0.5 ? "bit" : "bits"}; L = ${answers}`));
+    }
+    return [traces, layout(div, { ...more, shapes, annotations: notes, margin: { l: 52, r: 14, t: 26, b: 44 },
+      height: (narrow(div) ? 290 * kinds.length : 320) + 30 })];
   };
 
   draw.budget = (div) => {
@@ -358,7 +407,7 @@
     before = root.dataset.theme;
     each(".plot", (div) => {  // paper is narrower than most screens, and the charts keep their size
       div.style.width = "660px";
-      if (!/probes|budget/.test(div.id)) div.style.height = "320px";
+      if (!/probes|twins|budget/.test(div.id)) div.style.height = "320px";
     });
     theme("light");
   });

@@ -14,6 +14,8 @@ ENTRIES = [
              position="rotary", window=256, kv_groups=4),
     Entry.of("deepseek_v2", 2024, "DeepSeek-AI, DeepSeek-V2, arXiv:2405.04434", "attention", "mla",
              note="dense channels where the paper has experts"),
+    Entry.of("differential_attention", 2024, "Ye et al., Differential transformer, "
+             "arXiv:2410.05258", "attention", "differential_attention"),
     Entry.of("sparse_transformer", 2019, "Child et al., Generating long sequences with sparse "
              "transformers, arXiv:1904.10509", "sparse attention",
              "sparse_transformer(factors='fixed')", norm="layer", channel="mlp",
@@ -22,6 +24,10 @@ ENTRIES = [
              "sparse attention", "longformer", norm="layer", channel="mlp"),
     Entry.of("bigbird", 2020, "Zaheer et al., Big Bird, arXiv:2007.14062", "sparse attention",
              "bigbird(block=32)", norm="layer", channel="mlp"),
+    Entry.of("block_attention", 2020, "Ainslie et al., ETC: Encoding long and structured inputs in "
+             "transformers, arXiv:2004.08483; Yang et al., Hierarchical attention networks, 2016",
+             "sparse attention", "block_attention", norm="layer", channel="mlp",
+             note="causal; a chunk's global token is made by attending over the chunk"),
     Entry.of("native_sparse_attention", 2025, "Yuan et al., Native sparse attention, "
              "arXiv:2502.11089", "sparse attention", "native_sparse_attention",
              note="the published sizes: below some thousand tokens little is left out"),

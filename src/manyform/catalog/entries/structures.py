@@ -33,7 +33,7 @@ ENTRIES = [
     Entry.of("hnet", 2025, "Hwang et al., Dynamic chunking for end-to-end hierarchical sequence "
              "modeling, arXiv:2507.07955", "structure", "2 mamba2 + none : hnet + none : "
              "2 mamba2 + none", note="one stage, all of one width", n_layers=5),
-    Entry.of("residual", 2023, "Xie et al., ResiDual: Transformer with dual residual connections, "
-             "arXiv:2304.14802", "structure", "attention",
+    Entry.of("residual_dual", 2023, "Xie et al., ResiDual: Transformer with dual residual "
+             "connections, arXiv:2304.14802", "structure", "attention",
              **{**ORIGINAL, "residual": "residual_dual"}, position="sinusoidal"),
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from manyform.ops import use
-from manyform.ops.kernel_features import cosine_features, exp_features, mean_of_sums
+from manyform.ops.kernel_features import cosine_features, exp_features
 
 
 def both(function, dtype, *inputs):
@@ -15,7 +15,7 @@ def both(function, dtype, *inputs):
     results = []
     for path in ("numba", "reference"):
         leaves = [t.to(dtype).requires_grad_() for t in inputs]
-        with use(**{"exp_features": path, "cosine_features": path, "mean_of_sums": path}):
+        with use(**{"exp_features": path, "cosine_features": path}):
             y = function(*leaves)
         assert y.dtype == dtype
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
@@ -34,9 +34,6 @@ def test_compiled_forms_are_the_equations(dtype):
     both(lambda a: exp_features(a, shift, 1e-6), dtype, x)
     both(lambda a: cosine_features(a, angle), dtype, x)
     both(lambda a: cosine_features(a[:, :, 1:4], angle[:1]), dtype, x)
-    y = torch.cat([x, torch.rand(2, 60, 5, 1) + 0.5], dim=-1)
-    y[0, 3, 1, -1] = 0.0
-    both(lambda a: mean_of_sums(a, 0.1), dtype, y)
 
 
 def test_gradients():
@@ -45,7 +42,6 @@ def test_gradients():
     shift = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda a, b: exp_features(a, b, 1e-3), (x, shift))
     torch.autograd.gradcheck(lambda a: cosine_features(a, shift[:, :, 0].detach()), (x,))
-    torch.autograd.gradcheck(lambda a: mean_of_sums(a.abs() + 1, 0.5), (x,))
     wide = torch.randn(2, 60, 4, 64, requires_grad=True)
     level = torch.zeros(2, 60, 4, requires_grad=True)
     exp_features(wide, level, 0.0).sum().backward()

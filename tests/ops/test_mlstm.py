@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from manyform.ops import use
-from manyform.ops.mlstm import Memory, mlstm, quotient
+from manyform.ops.mlstm import Memory, mlstm
 
 
 def arguments(length, dtype=torch.float64, gate=3.0, batch=2, heads=2, key=8, value=16):
@@ -80,19 +80,3 @@ def test_cuts_and_bfloat16():
     assert low.dtype == torch.bfloat16
     assert after.matrix.dtype == after.m.dtype == torch.float32
     assert (low - whole).norm() < 0.03 * whole.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quotient(dtype):
-    torch.manual_seed(0)
-    read = torch.randn(2, 60, 4, 97).to(dtype).requires_grad_()
-    floor = torch.rand(2, 60, 4)
-    extra = (0.1 + torch.rand(2, 60, 4)).requires_grad_()
-    results = []
-    for path in ("numba", "reference"):
-        with use(quotient=path):
-            h = quotient(read, floor, extra)
-        results.append([h, *torch.autograd.grad(h.float().sin().sum(), [read, extra])])
-    for a, b in zip(*results, strict=True):
-        assert a.dtype == b.dtype
-        assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * b.norm()

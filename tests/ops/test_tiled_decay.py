@@ -60,6 +60,23 @@ def test_strong_decay_of_a_channel_takes_another_form(tiled):
     assert not tiled
 
 
+def test_decays_of_a_channel_near_the_limit(tiled):
+    given = rows("channel", length=100)
+    g = torch.full_like(given["log_decay"], -1.6).detach()
+    g[..., ::2] = 0.0
+    g[:, 70, :, 1] = -20.0
+    given["log_decay"] = g.requires_grad_()
+    assert_near(run(given, "chunked"), run(given, "reference"), 1.5e-2)
+    assert tiled
+
+
+@pytest.mark.parametrize("decay", ["none", "head_step"])
+def test_longer_chunks_for_many_features_of_keys(decay, tiled):
+    given = rows(decay, key=128, value=32, length=200, groups=1, resets=True)
+    assert_near(run(given, "chunked"), run(given, "reference"), 1.5e-2)
+    assert tiled
+
+
 def test_heads_of_a_group_are_cut_where_a_batch_is_small(tiled):
     given = rows("head_step", batch=1, groups=1, heads=6)
     assert_near(run(given, "chunked"), run(given, "reference"), 1.5e-2)

@@ -15,9 +15,16 @@ from manyform.errors import ManyformError
 from manyform.init import linear, residual_std
 from manyform.mixers.attention import _heads
 from manyform.mixers.linear_attention import _positions
-from manyform.ops.kernel_features import cosine_features, exp_features, mean_of_sums
+from manyform.ops.gates import scale_heads
+from manyform.ops.kernel_average import (
+    cosine_sums,
+    half_squares,
+    random_logarithms,
+    random_sums,
+    running_max,
+)
+from manyform.ops.kernel_features import cosine_features, exp_features
 from manyform.ops.matrix_recurrence import matrix_recurrence
-from manyform.ops.short_conv import steps_since_reset
 
 TINY = 1e-30
 """Below every sum of a Performer's weights."""
@@ -61,17 +68,9 @@ class _KernelAttention(SequenceMixer):
         """Queries, keys and values, each (batch, length, n_heads, head_dim)."""
         return list(self.qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2))
 
-    def _average(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
-                 memory: Tensor | None, reset: Tensor | None, floor: float,
-                 ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output and the memory; q, k: features, v: values, floor: of the quotient."""
-        v = F.pad(v, (0, 1), value=1.0)
-        after: Tensor | None = None
-        if self.causal:
-            y, after = matrix_recurrence(q, k, v, log_decay, None, memory, reset)
-        else:
-            y = _both_ways(q, k, v, reset)
-        return self.out(mean_of_sums(y, floor).flatten(2)), after
+    def _average(self, sums: Tensor, weights: Tensor, floor: float) -> Tensor:
+        """The layer's output, from sums of values and of weights, which are `floor` at least."""
+        return self.out(scale_heads(sums, weights.clamp(min=floor).reciprocal()).flatten(2))
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.out.weight.dtype, torch.float32)
@@ -133,26 +132,21 @@ class Performer(_KernelAttention):
         if not self.causal:
             self.whole(state, reset)
         q, k, v = self._project(x)
-        before, memory = (None, None) if state is None else state
-        log_q, log_k = self._logarithms(q), self._logarithms(k)
-        half = k.to(self._wide()).square().sum(-1) / (2 * self.head_dim**0.5)
-        highest = log_k.detach().amax(-1).to(half.dtype) - half.detach()
-        decay = None
         if self.causal:
-            top, decay = _running_max(highest, before, reset)
-        elif reset is None:
+            top, memory = (None, None) if state is None else state
+            *sums, memory, top = random_sums(q, k, v, self.projection, self.eps, top, memory, reset)
+            return self._average(*sums, TINY), PerformerState(top, memory)
+        log_q, log_k = (random_logarithms(t, self.projection) for t in (q, k))
+        half = half_squares(k)
+        highest = log_k.detach().amax(-1).to(half.dtype) - half.detach()
+        if reset is None:
             top = highest.amax(1, keepdim=True)
         else:
-            top = torch.maximum(_running_max(highest, None, reset)[0], _running_max(
+            top = torch.maximum(running_max(highest, None, reset)[0], running_max(
                 highest.flip(1), None, _backwards(reset))[0].flip(1))
         phi_q = exp_features(log_q, log_q.detach().amax(-1).to(half.dtype), self.eps)
         phi_k = exp_features(log_k, half + top, self.eps)
-        y, after = self._average(phi_q, phi_k, v, decay, memory, reset, TINY)
-        return y, None if after is None else PerformerState(top[:, -1], after)
-
-    def _logarithms(self, x: Tensor) -> Tensor:
-        """w_i . x: (batch, length, n_heads, head_dim) -> (..., features)."""
-        return F.linear(x.contiguous(), self.projection * self.head_dim**-0.25)
+        return self._average(*_both_ways(phi_q, phi_k, v, reset), TINY), None
 
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
                       ) -> PerformerState | None:
@@ -202,9 +196,11 @@ class Cosformer(_KernelAttention):
                 f"given {int(positions.max()) + 1}; create it with a larger max_length")
         angle = positions.double() * (math.pi / 2 / self.max_length)
         q, k, v = self._project(x)
-        y, after = self._average(cosine_features(q, angle), cosine_features(k, angle), v, None,
-                                 memory, reset, self.eps)
-        return y, None if after is None else CosformerState(positions[:, -1] + 1, after)
+        if not self.causal:
+            features = (cosine_features(t, angle) for t in (q, k))
+            return self._average(*_both_ways(*features, v, reset), self.eps), None
+        *sums, after = cosine_sums(q, k, v, angle, memory, reset)
+        return self._average(*sums, self.eps), CosformerState(positions[:, -1] + 1, after)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
                       ) -> CosformerState | None:
@@ -232,31 +228,6 @@ def random_features(features: int, d: int, orthogonal: bool = True) -> Tensor:
     return torch.cat(blocks)[:features] * normal.norm(dim=1, keepdim=True)
 
 
-def _running_max(x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest x of the document so far, and by how much it fell short of that a step before
-    (0 where there is none): both (batch, length, heads). before: (batch, heads) or None."""
-    if reset is None:
-        top = x.cummax(1).values
-        old = None if before is None else before[:, None]
-    else:
-        top, since, span = x, steps_since_reset(reset)[..., None], 1
-        while span < x.shape[1]:  # after each round, the maximum of the last 2 span steps
-            further = torch.maximum(top[:, span:], top[:, :-span])
-            top = torch.cat([top[:, :span],
-                             torch.where(since[:, span:] >= span, further, top[:, span:])], 1)
-            span *= 2
-        old = None if before is None else torch.where(since >= x.shape[1], before[:, None],
-                                                      -math.inf)
-    if old is not None:
-        top = torch.maximum(top, old)
-    first = torch.full_like(top[:, :1], -math.inf) if before is None else before[:, None]
-    previous = torch.cat([first, top[:, :-1]], dim=1)
-    fresh = previous == -math.inf
-    if reset is not None:
-        fresh = fresh | reset[..., None]
-    return top, torch.where(fresh, 0.0, previous - top)
-
-
 def _backwards(reset: Tensor) -> Tensor:
     """Where documents begin when the row is read from its end."""
     ends = reset.roll(-1, 1)
@@ -264,12 +235,16 @@ def _backwards(reset: Tensor) -> Tensor:
     return ends.flip(1)
 
 
-def _both_ways(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> Tensor:
-    """sum over all j of the document of (q_i . k_j) v_j; all (batch, length, heads, width)."""
+def _both_ways(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum of (q_i . k_j) v_j, and of q_i . k_j, over all j of the document; q, k, v: (batch,
+    length, heads, width)."""
+    v = F.pad(v, (0, 1), value=1.0)
     if reset is None:
         memory = k.transpose(1, 2).mT @ v.transpose(1, 2)
-        return (q.transpose(1, 2) @ memory).transpose(1, 2)
-    past, _ = matrix_recurrence(q, k, v, None, None, None, reset)
-    future, _ = matrix_recurrence(q.flip(1), k.flip(1), v.flip(1), None, None, None,
-                                  _backwards(reset))
-    return past + future.flip(1) - (q * k).sum(-1, keepdim=True) * v
+        y = (q.transpose(1, 2) @ memory).transpose(1, 2)
+    else:
+        past, _ = matrix_recurrence(q, k, v, None, None, None, reset)
+        future, _ = matrix_recurrence(q.flip(1), k.flip(1), v.flip(1), None, None, None,
+                                      _backwards(reset))
+        y = past + future.flip(1) - (q * k).sum(-1, keepdim=True) * v
+    return y[..., :-1], y[..., -1].to(torch.promote_types(y.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Pointwise parts of kernel attention, each in one pass over memory: features and the mean."""
+"""Features of kernel attention, each in one pass over memory."""
 
 from __future__ import annotations
 
@@ -37,16 +37,6 @@ def cosine_features(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat([u * a.cos().to(wide), u * a.sin().to(wide)], dim=-1).to(x.dtype)
 
 
-@operation(flops=lambda y, floor: 0)
-def mean_of_sums(y: Tensor, floor: float) -> Tensor:
-    """All but the last feature over the last one, or over `floor` where that is larger.
-
-    y: (B, T, H, V + 1) -> (B, T, H, V) in the dtype of y.
-    """
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    return (wide[..., :-1] / wide[..., -1:].clamp(min=floor)).to(y.dtype)
-
-
 def _compilable(width: int, x: Tensor, other: Tensor | None = None) -> bool:
     return (usable(x, other) and single(x) and width % 16 == 0 and x.stride(-1) == 1
             and x.numel() >= SMALL)
@@ -60,11 +50,6 @@ def _(x: Tensor, shift: Tensor, eps: float) -> Tensor:
 @cosine_features.path("numba", when=lambda x, angle: _compilable(x.shape[-1], x, angle))
 def _(x: Tensor, angle: Tensor) -> Tensor:
     return _Cosine.apply(x, angle)
-
-
-@mean_of_sums.path("numba", when=lambda y, floor: _compilable(y.shape[-1] - 1, y))
-def _(y: Tensor, floor: float) -> Tensor:
-    return _Quotient.apply(y.contiguous(), floor)
 
 
 def _loops() -> tuple[Any, Any]:
@@ -115,24 +100,3 @@ class _Cosine(torch.autograd.Function):
         kernel.cosine_backward(flat(g.contiguous()), flat(x), x.stride()[:3], flat(cos), flat(sin),
                                flat(dx), tuple(x.shape))
         return dx, None
-
-
-class _Quotient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, floor: float) -> Tensor:
-        kernel, flat = _loops()
-        width = y.shape[-1] - 1
-        out = torch.empty(*y.shape[:-1], width, dtype=y.dtype)
-        kernel.quotient(flat(y), np.float32(floor), flat(out), out.numel() // width, width)
-        ctx.save_for_backward(y)
-        ctx.floor = floor
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        kernel, flat = _loops()
-        (y,) = ctx.saved_tensors
-        dy = torch.empty_like(y)
-        kernel.quotient_backward(flat(g.contiguous()), flat(y), np.float32(ctx.floor), flat(dy),
-                                 g.numel() // g.shape[-1], g.shape[-1])
-        return dy, None

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from manyform.ops.gates import scale_heads
-from manyform.ops.kernels import single, threads, usable
-from manyform.ops.matrix_recurrence import matrix_recurrence
+from manyform.ops.kernel_average import weighted_sums
 from manyform.ops.operation import operation
 
 SMALL = 1 << 15
@@ -88,59 +85,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, state: Memory |
     dtype = v.dtype
     if v.numel() < SMALL:
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    read, matrix = matrix_recurrence(q, scale_heads(k, write), F.pad(v, (0, 1), value=1.0), decay,
-                                     None, matrix, reset, q.shape[-1] ** -0.5)
-    extra = torch.zeros_like(write) if not eps else eps * (m - fixed).exp().to(wide)
-    h = quotient(read, (-fixed).exp().to(wide), extra).to(dtype)
+    sums, weights, matrix = weighted_sums(q, scale_heads(k, write), v, decay, matrix, reset,
+                                          q.shape[-1] ** -0.5)
+    size = torch.maximum(weights.abs(), (-fixed).exp().to(wide))
+    if eps:
+        size = size + eps * (m - fixed).exp().to(wide)
+    h = scale_heads(sums, size.reciprocal()).to(dtype)
     return h, Memory(matrix, m[:, -1].to(wide))
-
-
-@operation(flops=lambda read, floor, extra: 0)
-def quotient(read: Tensor, floor: Tensor, extra: Tensor) -> Tensor:
-    """h = r_{1..V} / (max(|r_{V+1}|, floor) + extra): what the mLSTM reads over its normaliser.
-
-    read r: (B, T, H, V + 1); floor, which gets no gradient, and extra: (B, T, H). Returns
-    (B, T, H, V) in the dtype of read, computed in that of floor.
-    """
-    size = torch.maximum(read[..., -1].to(floor.dtype).abs(), floor) + extra
-    return scale_heads(read[..., :-1], size.reciprocal())
-
-
-def _compiled(read: Tensor, floor: Tensor, extra: Tensor) -> bool:
-    return (usable(read, floor, extra) and single(read, floor, extra) and read.shape[3] % 16 == 1
-            and floor.dtype == extra.dtype == torch.float32 and read.numel() > SMALL)
-
-
-@quotient.path("numba", when=_compiled)
-def _(read: Tensor, floor: Tensor, extra: Tensor) -> Tensor:
-    return _Quotient.apply(read, floor, extra)
-
-
-class _Quotient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, read: Tensor, floor: Tensor, extra: Tensor) -> Tensor:
-        from manyform.ops.kernels import mlstm as kernel
-        from manyform.ops.kernels.lanes import flat
-        read, floor, extra = read.contiguous(), floor.contiguous(), extra.contiguous()
-        h = torch.empty(*read.shape[:3], read.shape[3] - 1, dtype=read.dtype)
-        threads()
-        run: Any = kernel.forward
-        run(flat(read), flat(floor), flat(extra), h.shape[3], flat(h))
-        ctx.save_for_backward(read, floor, extra)
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
-        from manyform.ops.kernels import mlstm as kernel
-        from manyform.ops.kernels.lanes import flat
-        read, floor, extra = ctx.saved_tensors
-        dread, dextra = torch.empty_like(read), torch.empty_like(extra)
-        threads()
-        run: Any = kernel.backward
-        run(flat(read), flat(floor), flat(extra), g.shape[3], flat(g.contiguous()), flat(dread),
-            flat(dextra))
-        return dread, None, dextra
 
 
 def _stabiliser(i: Tensor, log_f: Tensor, m0: Tensor, reset: Tensor | None,

@@ -80,6 +80,15 @@ def visible(typing: Any, value: Any, factor: Any) -> Any:
     return lanes(lanes, lanes), code
 
 
+@intrinsic
+def positive(typing: Any, value: Any, x: Any) -> Any:
+    """value where x > 0, else 0."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zero = ir.Constant(args[0].type, [0.0] * WIDTH)
+        return builder.select(builder.fcmp_ordered(">", args[1], zero), args[0], zero)
+    return lanes(lanes, lanes), code
+
+
 @numba.njit(fastmath=FAST, cache=True)
 def turn(source, target, rows, words):
     """(rows, words) words -> (words, rows); both multiples of 16."""

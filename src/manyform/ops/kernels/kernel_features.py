@@ -79,30 +79,3 @@ def cosine_backward(g, x, xs, cos, sin, dx, shape):
                 for i in range(d, d + WIDTH):
                     if not get(x, at + i) > np.float32(0):
                         put(dx, to + i, np.float32(0))
-
-
-@numba.njit(parallel=True, fastmath=FAST, cache=True)
-def quotient(y, floor, out, rows, width):
-    """out = y[:width] / max(y[width], floor), row by row."""
-    for index in numba.prange(rows):
-        row = np.int64(index)
-        at = row * (width + 1)
-        factor = splat(np.float32(1) / max(get(y, at + width), floor))
-        for d in range(0, width, WIDTH):
-            store(out, row * width + d, load(y, at + d) * factor)
-
-
-@numba.njit(parallel=True, fastmath=FAST, cache=True)
-def quotient_backward(g, y, floor, dy, rows, width):
-    """dy[:width] = g / b, dy[width] = -sum of g y / b^2 where b = y[width] is above the floor."""
-    for index in numba.prange(rows):
-        row = np.int64(index)
-        at = row * (width + 1)
-        below = get(y, at + width)
-        factor = splat(np.float32(1) / max(below, floor))
-        sums = splat(np.float32(0))
-        for d in range(0, width, WIDTH):
-            slope = load(g, row * width + d) * factor
-            sums = sums + slope * load(y, at + d) * factor
-            store(dy, at + d, slope)
-        put(dy, at + width, -total(sums) if below > floor else np.float32(0))

@@ -34,6 +34,9 @@ class Block(nn.Module):
       reordered      x + norm(f(x))                     Liu 2021 (Swin v2), figure 1; OLMo 2
       residual_dual  two streams, a <- norm(a + f(a)) and b <- b + f(a), which end as a + norm'(b)
                                                         Xie 2023 (arXiv:2304.14802), section 2.2
+      reversible     two streams, a <- a + mixer(norm(b)) and b <- b + channel(norm'(a)), which end
+                     side by side: their inputs follow from their outputs
+                                                        Gomez 2017; Kitaev 2020, section 3
       parallel       x + mixer(n) + channel(n), n = norm(x)          GPT-J, Falcon 7B, phi
       parallel_two_norms   x + mixer(norm(x)) + channel(norm'(x))    GPT-NeoX, Falcon 40B
 
@@ -47,9 +50,9 @@ class Block(nn.Module):
         self.residual = residual
         mixer = build("mixer", layer.mixer, d_model, place, layer.mixer_options)
         assert isinstance(mixer, SequenceMixer)
-        if mixer.bare and residual == "residual_dual":
+        if mixer.bare and residual in ("residual_dual", "reversible"):
             raise ManyformError(f"{layer.mixer} brings a residual stream of its own, and cannot "
-                                "stand on the two streams of residual='residual_dual'")
+                                f"stand on the two streams of residual={residual!r}")
         self.mixer_norm = nn.Identity() if mixer.bare else make_norm()
         self.mixer = mixer
         self.channel: Mixer | None = None
@@ -68,9 +71,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: BlockState | None = None, *,
                 reset: Tensor | None = None, shared: dict[str, Any] | None = None,
-                ) -> tuple[Tensor, BlockState]:
+                read: Tensor | None = None) -> tuple[Tensor, BlockState]:
         """x: (batch, length, d_model) -> the same shape, and the block's state; two streams are
-        (2, batch, length, d_model)."""
+        (2, batch, length, d_model). read: (batch, length) bool, where somebody reads the output:
+        elsewhere a channel without state (`stateless`) is left out."""
         before = state or BlockState(None, None)
         shared = {} if shared is None else shared
 
@@ -79,10 +83,15 @@ class Block(nn.Module):
 
         def channel(h: Tensor) -> tuple[Tensor, State]:
             assert self.channel is not None
-            return _call(self.channel, h, before.channel, reset, shared)
+            if read is None:
+                return _call(self.channel, h, before.channel, reset, shared)
+            y, _ = _call(self.channel, h[read][None], None, None, shared)
+            return y.new_zeros(h.shape).masked_scatter(read[..., None], y), None
 
         if self.mixer.bare:
             x, after_mixer = mixer(x)
+        elif self.residual == "reversible":
+            return self._reversible(mixer, channel, x)
         elif self.channel is not None and self.residual.startswith("parallel"):
             h = self.mixer_norm(x)
             y, after_mixer = mixer(h)
@@ -112,12 +121,28 @@ class Block(nn.Module):
         y, state = f(norm_(x))
         return x + (y if out_norm is None else out_norm(y)), state
 
+    @property
+    def stateless(self) -> bool:
+        """Whether the channel, if there is one, keeps no state."""
+        return self.channel is None or self.channel.initial_state(1, device="meta") is None
+
+    def _reversible(self, mixer: Callable[[Tensor], tuple[Tensor, State]],
+                    channel: Callable[[Tensor], tuple[Tensor, State]], x: Tensor,
+                    ) -> tuple[Tensor, BlockState]:
+        a, b = x
+        y, after_mixer = mixer(self.mixer_norm(b))
+        a, after_channel = a + y, None
+        if self.channel_norm is not None:
+            y, after_channel = channel(self.channel_norm(a))
+            b = b + y
+        return torch.stack([a, b]), BlockState(after_mixer, after_channel)
+
     def remember(self, x: Tensor, state: BlockState | None = None, *,
                  reset: Tensor | None = None, shared: dict[str, Any] | None = None) -> BlockState:
         """The state alone, where nobody reads the output: a channel without state is left out."""
         before = state or BlockState(None, None)
         shared = {} if shared is None else shared
-        if self.channel is not None and self.channel.initial_state(1, device="meta") is not None:
+        if not self.stateless:
             return self(x, state, reset=reset, shared=shared)[1]
         inner = self.mixer.bare or self.residual in ("post", "deepnorm", "reordered")
         h = x if inner else self.mixer_norm(x)

@@ -136,7 +136,7 @@ def test_visible_pairs(length):
         assert visible_pairs(length, window, sinks) == pairs
 
 
-TILED = [dict(length=32), dict(length=33, groups=1), dict(length=300),
+TILED = [dict(length=32), dict(length=33, groups=1), dict(length=300), dict(length=70, d=44),
          dict(length=290, groups=1, d=64),
          dict(length=160, d=128, alibi=True), dict(length=200, window=1),
          dict(length=300, window=70),

@@ -102,6 +102,37 @@ def test_halting_bounds_the_depth_that_is_learned():
     assert shared["losses"]["ponder"].item() == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("bias", [-1.0, 0.0, 1.0, 40.0])
+@pytest.mark.parametrize("options", [{}, {"block": "attention(window=5) + none"},
+                                     {"residual": "parallel"}], ids=str)
+def test_work_left_out_changes_nothing(bias, options):
+    """Values, states and gradients with all steps of all positions and without."""
+    def run(spares):
+        layer = make(**options)
+        layer.spares = spares
+        layer.halt.data[-1] = bias
+        x = torch.randn(3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        shared = {}
+        y, state = layer(x, shared=shared)
+        z, state = layer(2 * x, state, shared=shared)
+        loss = (y * z).sum() + shared["losses"]["ponder"] + sum(
+            s[-1].mixer.keys.square().sum() for s in state.steps)
+        return y, z, *torch.autograd.grad(loss, [x, *layer.parameters()], allow_unused=True,
+                                          materialize_grads=True)
+    for got, want in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_step_that_nobody_runs_leaves_its_state_only():
+    layer = make()
+    layer.halt.data[-1] = 40.0
+    calls = []
+    layer.block[0].channel.register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.randn(2, 5, 8, dtype=torch.float64), shared={})
+    assert len(calls) == 1
+
+
 def test_the_ponder_cost_reaches_the_halting_unit():
     torch.manual_seed(0)
     model = manyform.create("universal_transformer", vocab_size=11, d_model=16)

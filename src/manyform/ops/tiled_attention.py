@@ -25,10 +25,11 @@ LOG2E = math.log2(math.e)
 def applies(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, *, prefix: int = 0,
             window: int | None = None, sinks: int = 0, slopes: Tensor | None = None,
             scale: float | None = None) -> bool:
-    """True for bfloat16 on a CPU with tiles, self-attention from the start, no sinks."""
+    """True for bfloat16 on a CPU with tiles, self-attention from the start, no sinks; heads of so
+    many features that padding them to whole tiles at most doubles the work."""
     length, d = q.shape[2:]
     if not (q.dtype == k.dtype == v.dtype == torch.bfloat16 and length == k.shape[2]
-            and length >= MULTIPLE and d % 32 == 0 and d <= 256
+            and length >= MULTIPLE and MULTIPLE // 2 <= d <= 256 and v.shape[3] == d
             and (sinks == 0 or window is None) and usable(q, k, v)):
         return False
     from manyform.ops.kernels.tiles import supported
@@ -39,17 +40,17 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None
                     prefix: int = 0, window: int | None = None, sinks: int = 0,
                     slopes: Tensor | None = None, scale: float | None = None) -> Tensor:
     """`attention` for the arguments that `applies` accepts."""
-    length = q.shape[2]
-    n = -(-length // MULTIPLE) * MULTIPLE
+    length, d = q.shape[2:]
+    n, wide = (-(-size // MULTIPLE) * MULTIPLE for size in (length, d))
     first = _first_visible(start, q.shape[0], length, n, window)
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    if n > length:  # queries after the end see only what they must and get no gradient
-        q, k, v = (F.pad(x, (0, 0, 0, n - length)) for x in (q, k, v))
+    scale = 1 / math.sqrt(d) if scale is None else scale
+    if n > length or wide > d:  # queries after the end see only what they must, without gradient
+        q, k, v = (F.pad(x, (0, wide - d, 0, n - length)) for x in (q, k, v))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         y = _Tiled.apply(q, k, v, first, slopes, scale)
     else:
         y, _ = _forward(q, k, v, first, slopes, scale)
-    return y[:, :, :length]
+    return y[:, :, :length, :d]
 
 
 def _first_visible(start: Tensor | None, batch: int, length: int, n: int, window: int | None,

@@ -13,6 +13,9 @@ from manyform.errors import ManyformError
 from manyform.positions import sinusoidal
 from manyform.structures.composite import Composite, growth_of
 
+WORTH = 0.75
+"""Up to this share of running positions the others are left out: picking has a cost too."""
+
 
 class UniversalState(NamedTuple):
     """position: (batch,) int64, tokens since the row's document began; steps: the layers' states
@@ -35,9 +38,9 @@ class UniversalTransformer(Composite):
     ponder: weight of the mean of N + R in the training loss.
     block: pattern of what one step applies. norm, residual: of that block (the paper's are post).
 
-    Exact in streaming: whether a position halts depends on it and its past alone. All steps are
-    computed for every position, since a halted one must still be read at the steps of others: the
-    adaptive depth bounds what is learned, and saves no operations.
+    Exact in streaming: whether a position halts depends on it and its past alone. A halted one must
+    still be read at the steps of others, so the mixers run at all steps; the last channel runs
+    where a position does, and where none does a step leaves its state and nothing to learn from.
     """
 
     def __init__(self, d_model: int, *, place: Place = Place(), steps: int = 6,
@@ -53,6 +56,10 @@ class UniversalTransformer(Composite):
         self.steps, self.adaptive, self.ponder, self.epsilon = steps, adaptive, ponder, epsilon
         self.block = self.build_stack(block, "block")
         self.discrete = self.discrete or adaptive
+        self.exact_cost = not adaptive
+        last = self.block.layers[-1]
+        self.spares = (adaptive and last.channel is not None and last.stateless
+                       and residual != "residual_dual")
         if adaptive:
             # w, then b; b begins at one as in the released code: few steps at first.
             self.halt = nn.Parameter(torch.empty(d_model + 1).normal_(std=0.02))
@@ -78,9 +85,11 @@ class UniversalTransformer(Composite):
         cost = torch.zeros_like(spent)
         running = torch.ones_like(spent, dtype=torch.bool)
         for n in range(self.steps):
-            new, layers = self.block(s + where + when[n], None if state is None else state.steps[n],
-                                     reset=reset, shared=shared)
+            new, layers = self._step(s + where + when[n], None if state is None else state.steps[n],
+                                     reset, shared, running if n and self.spares else None)
             after.append(layers)
+            if new is None:
+                continue
             if not self.adaptive:
                 s = new
                 continue
@@ -100,6 +109,24 @@ class UniversalTransformer(Composite):
             s = y.to(x.dtype)
         return s, UniversalState(self.after(positions, state, x), tuple(after))
 
+    def _step(self, x: Tensor, state: tuple[BlockState, ...] | None, reset: Tensor | None,
+              shared: dict[str, Any], running: Tensor | None,
+              ) -> tuple[Tensor | None, tuple[BlockState, ...]]:
+        """One step, whose output is read at the `running` positions; None where there are none."""
+        count = x[..., 0].numel() if running is None else int(running.sum())
+        if count >= WORTH * x[..., 0].numel():
+            return self.block(x, state, reset=reset, shared=shared)
+        after: list[BlockState] = []
+        before = [None] * len(self.block.layers) if state is None else state
+        for block, old in zip(self.block.layers[:-1], before[:-1], strict=True):
+            x, new = block(x, old, reset=reset, shared=shared)
+            after.append(new)
+        last = self.block.layers[-1]
+        if not count:
+            return None, (*after, last.remember(x, before[-1], reset=reset, shared=shared))
+        x, new = last(x, before[-1], reset=reset, shared=shared, read=running)
+        return x, (*after, new)
+
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
                       ) -> UniversalState:
         device = next(self.parameters()).device if device is None else device
@@ -108,6 +135,6 @@ class UniversalTransformer(Composite):
             tuple(self.block.initial_state(batch_size, device=device) for _ in range(self.steps)))
 
     def cost(self, length: int) -> Cost:
-        """Every step of every position."""
+        """Every step of every position, which halting makes less."""
         step = self.block.cost(length)
         return Cost(self.steps * step.flops, self.steps * step.state_bytes + 8)

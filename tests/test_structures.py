@@ -10,14 +10,20 @@ from manyform import contract, state
 from manyform.config import RESIDUALS, ModelConfig, parse_pattern
 from manyform.decoding import Decoder
 from manyform.errors import ManyformError
+from manyform.structures.universal import UniversalTransformer
 
 N = 3  # layers
+
+
+def untied(residual):
+    """The head of two streams cannot share the embedding's weights."""
+    return {"tie": False} if residual == "reversible" else {}
 
 
 def model_of(residual, seed=0, **options):
     torch.manual_seed(seed)
     settings = {"vocab_size": 13, "d_model": 16, "n_layers": N, "norm": "layer", "channel": "mlp",
-                **options}
+                **untied(residual), **options}
     model = manyform.create("llama", residual=residual, **settings).double()
     for name, p in model.named_parameters():  # so that no norm is the identity on a normed input
         if "norm" in name:
@@ -81,6 +87,15 @@ def none(blocks, x):
     return x
 
 
+def reversible(blocks, x):
+    """Kitaev 2020, eq. 9, both streams side by side at the end."""
+    x1 = x2 = x
+    for b in blocks:
+        x1 = x1 + f(b.mixer, ln(b.mixer_norm, x2))
+        x2 = x2 + f(b.channel, ln(b.channel_norm, x1))
+    return torch.cat([x1, x2], -1)
+
+
 def residual_dual(blocks, x, final):
     """Xie 2023, eq. 3 to 5: sublayers k = 0 ... 2 N - 1."""
     norms = [n for b in blocks for n in (b.mixer_norm, b.channel_norm)]
@@ -110,8 +125,9 @@ def test_residual_structures_follow_their_equations(residual):
 
 @pytest.mark.parametrize("residual", sorted(set(RESIDUALS) - {"pre", "none"}))
 def test_residual_structures_obey_the_laws(residual):
-    manyform.check("llama", residual=residual, d_model=16)
-    manyform.check("llama", residual=residual, channel=None, d_model=16, laws=["streaming", "cost"],
+    options = {"residual": residual, "d_model": 16, **untied(residual)}
+    manyform.check("llama", **options)
+    manyform.check("llama", channel=None, **options, laws=["streaming", "cost"],
                    precisions=["float32"])
 
 
@@ -234,3 +250,40 @@ def test_terms_that_layers_add_are_part_of_the_training_loss_only():
     training = model.train().loss(tokens, tokens)[0]
     evaluation = model.eval().loss(tokens, tokens)[0]
     torch.testing.assert_close(training - evaluation, torch.tensor(0.5))
+
+
+def test_two_streams_side_by_side_refuse_what_reads_one():
+    for options, match in (({}, "tie=False"), ({"tie": False, "exits": (1,)}, "exits cannot read"),
+                           ({"tie": False, "head_map": "gelu"}, "no head_map")):
+        with pytest.raises(ManyformError, match=match):
+            manyform.create("llama", vocab_size=5, residual="reversible", **options)
+    with pytest.raises(ManyformError, match="a setting of the model"):
+        UniversalTransformer(16, residual="reversible")
+
+
+@torch.no_grad()
+def test_axial_positions_are_a_row_and_a_column(tmp_path):
+    model = manyform.create("llama", vocab_size=7, d_model=8, n_layers=1, position="axial",
+                            axial_shape=(3, 4), axial_dims=(2, 6), max_length=12)
+    got = model._position_embedding(torch.arange(12))
+    for p in range(12):
+        want = torch.cat([model.positions.rows[p // 4], model.positions.columns[p % 4]])
+        assert torch.equal(got[p], want)
+    model.save(tmp_path)
+    tokens = torch.randint(7, (1, 12))
+    again = manyform.load(tmp_path)
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    assert again.config == model.config
+    first, state = model(tokens[:, :5])
+    rest, _ = model(tokens[:, 5:], state)
+    torch.testing.assert_close(torch.cat([first, rest], 1), model(tokens)[0])
+    with pytest.raises(ManyformError, match="past the axial position table of 12 rows"):
+        model(torch.zeros(1, 13, dtype=torch.int64))
+    for options, match in (
+            ({"axial_shape": (3, 4)}, "axial_dims as two"), ({"position": "learned", "axial_shape":
+                                                              (3, 4)}, "need position='axial'"),
+            ({"axial_shape": (2, 4), "axial_dims": (2, 6)}, "fewer places"),
+            ({"axial_shape": (3, 4), "axial_dims": (2, 5)}, "add up to d_model")):
+        with pytest.raises(ManyformError, match=match):
+            manyform.create("llama", **{"vocab_size": 7, "d_model": 8, "n_layers": 1,
+                                        "position": "axial", "max_length": 12, **options})

@@ -10,9 +10,9 @@ from typing import Any
 
 from manyform.errors import ManyformError, unknown
 
-POSITIONS = ("none", "learned", "sinusoidal")
+POSITIONS = ("none", "learned", "sinusoidal", "axial")
 RESIDUALS = ("none", "pre", "post", "residual_dual", "sandwich", "reordered", "deepnorm",
-             "parallel", "parallel_two_norms")
+             "parallel", "parallel_two_norms", "reversible")
 """How a block's branches meet the residual stream; the equations are those of `Block`."""
 
 
@@ -40,7 +40,8 @@ class ModelConfig:
     final_norm: a norm before the head; stacks whose last branch ends in one ("post", "deepnorm")
     have no second. residual: one of `RESIDUALS` (True is "pre", False is "none").
     tie: the head shares the embedding's weights. position: what is added to the embedding.
-    max_length: rows of a learned position table.
+    max_length: rows of a learned position table. axial_shape, axial_dims: rows and columns of an
+    axial one, and the features of each (see `manyform.positions.AxialPositions`).
     embedding_std: standard deviation of the embedding's initial weights. embedding_scale:
     multiplies the embedding's rows (Gemma: sqrt(d_model)). embedding_norm: a norm of the
     embedding, positions included; embedding_map: a linear map behind that (FNet). position_offset:
@@ -66,6 +67,8 @@ class ModelConfig:
     tie: bool = True
     position: str = "none"
     max_length: int = 2048
+    axial_shape: tuple[int, int] | None = None
+    axial_dims: tuple[int, int] | None = None
     embedding_std: float = 0.02
     embedding_scale: float = 1.0
     embedding_norm: bool = False
@@ -97,14 +100,19 @@ class ModelConfig:
         if self.position_offset < 0 or self.segments < 0:
             raise ManyformError("position_offset and segments must be 0 or more, not "
                                 f"{self.position_offset} and {self.segments}")
-        if isinstance(self.exits, list):  # where it was JSON
-            object.__setattr__(self, "exits", tuple(self.exits))
+        for key in ("exits", "axial_shape", "axial_dims"):  # where they were JSON
+            if isinstance(getattr(self, key), list):
+                object.__setattr__(self, key, tuple(getattr(self, key)))
+        self._check_axial()
         if not isinstance(self.exits, tuple) or list(self.exits) != sorted(
                 {n for n in self.exits if isinstance(n, int) and 0 < n < self.n_layers}):
             raise ManyformError("exits must be a list of rising numbers of layers, from 1 to "
                                 f"n_layers - 1 = {self.n_layers - 1}, not {self.exits!r}")
-        if self.exits and self.residual == "residual_dual":
-            raise ManyformError("exits cannot read the two streams of residual='residual_dual'")
+        if self.exits and self.residual in ("residual_dual", "reversible"):
+            raise ManyformError(f"exits cannot read the two streams of residual={self.residual!r}")
+        if self.residual == "reversible" and (self.tie or self.head_map is not None):
+            raise ManyformError("the head of residual='reversible' reads both streams, 2 d_model "
+                                "features: it needs tie=False and no head_map")
         if self.exit_threshold is not None and not (self.exits and 0 < self.exit_threshold <= 1):
             raise ManyformError("exit_threshold is a probability, and needs exits; given: "
                                 f"{self.exit_threshold} and exits={list(self.exits)}")
@@ -113,6 +121,32 @@ class ModelConfig:
             if layer.share is not None and groups.setdefault(layer.share, layer) != layer:
                 raise ManyformError(f"layers that share weights as {layer.share!r} must be alike: "
                                     f"{groups[layer.share]} and {layer}")
+
+    def _check_axial(self) -> None:
+        given = (self.axial_shape, self.axial_dims)
+        if self.position != "axial":
+            if given != (None, None):
+                raise ManyformError("axial_shape and axial_dims need position='axial', not "
+                                    f"{self.position!r}")
+            return
+        for key, value in zip(("axial_shape", "axial_dims"), given, strict=True):
+            if not (isinstance(value, tuple) and len(value) == 2
+                    and all(isinstance(n, int) and n > 0 for n in value)):
+                raise ManyformError(f"position='axial' needs {key} as two whole numbers of at "
+                                    f"least 1, not {value!r}")
+        assert self.axial_shape is not None
+        assert self.axial_dims is not None
+        if sum(self.axial_dims) != self.d_model:
+            raise ManyformError(f"axial_dims {self.axial_dims} must add up to d_model="
+                                f"{self.d_model}")
+        if self.axial_shape[0] * self.axial_shape[1] < self.max_length:
+            raise ManyformError(f"axial_shape {self.axial_shape} has fewer places than max_length="
+                                f"{self.max_length}")
+
+    @property
+    def width(self) -> int:
+        """Features that the head reads: of both streams where they are reversible."""
+        return self.d_model * (2 if self.residual == "reversible" else 1)
 
     @property
     def layers(self) -> list[LayerSpec]:

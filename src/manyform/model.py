@@ -22,7 +22,7 @@ from manyform.init import linear
 from manyform.norms import norm
 from manyform.ops.cross_entropy import linear_cross_entropy
 from manyform.ops.operation import trace
-from manyform.positions import document_positions, sinusoidal
+from manyform.positions import AxialPositions, document_positions, sinusoidal
 from manyform.stack import Stack, ends_in_norm
 
 
@@ -66,9 +66,14 @@ class Model(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if config.embedding_norm:
             self.embedding_norm = norm(config.norm, d, config.norm_eps)
+        self.positions: nn.Embedding | AxialPositions
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_length, d)
             nn.init.normal_(self.positions.weight, std=0.02)
+        elif config.position == "axial":
+            assert config.axial_shape is not None
+            assert config.axial_dims is not None
+            self.positions = AxialPositions(config.axial_shape, config.axial_dims)
         if config.segments:
             self.segments = nn.Embedding(config.segments, d)
             nn.init.normal_(self.segments.weight, std=0.02)
@@ -77,8 +82,8 @@ class Model(nn.Module):
         self.blocks = Stack(config.layers, d, residual=config.residual,
                             make_norm=lambda: norm(config.norm, d, config.norm_eps))
         final = config.final_norm and not ends_in_norm(config.residual)
-        self.final_norm = norm(config.norm if final else "none", d, config.norm_eps)
-        self.head = nn.Linear(d, config.vocab_size, bias=config.head_bias)
+        self.final_norm = norm(config.norm if final else "none", config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
         nn.init.normal_(self.head.weight, std=0.02)
         if config.head_bias:
             nn.init.zeros_(self.head.bias)
@@ -100,7 +105,8 @@ class Model(nn.Module):
 
     def features(self, tokens: Tensor, state: ModelState | None = None, *,
                  reset: Tensor | None = None) -> tuple[Tensor, ModelState | None]:
-        """What the head reads. tokens: (batch, length) int64 -> (batch, length, d_model)."""
+        """What the head reads. tokens: (batch, length) int64 -> (batch, length, d_model; twice that
+        for residual="reversible")."""
         threshold = None if self.training else self.config.exit_threshold
         exits = None if threshold is None else self._exits(threshold)
         return self._run(tokens, state, reset, {}, exits)
@@ -248,7 +254,7 @@ class Model(nn.Module):
         """The heads, at every exit that asks them, the maps at both ends, and the position."""
         c = self.config
         heads = 1 if c.exit_threshold is None else 1 + len(c.exits)
-        head = c.d_model * (c.vocab_size + (c.d_model if c.head_map is not None else 0))
+        head = c.width * (c.vocab_size + (c.d_model if c.head_map is not None else 0))
         entrance = c.d_model**2 if c.embedding_map else 0
         return Cost(2 * length * (heads * head + entrance), 8 if self.causal else 0)
 
@@ -284,9 +290,12 @@ class Model(nn.Module):
         positions = positions + self.config.position_offset
         if positions.numel() and int(positions.max()) >= self.config.max_length:
             raise ManyformError(
-                f"position {int(positions.max())} lies past the learned position table of "
+                f"position {int(positions.max())} lies past the {self.config.position} position "
+                f"table of "
                 f"{self.config.max_length} rows; create the model with a larger max_length or "
                 "with position='rotary', 'alibi' or 'sinusoidal'")
+        if isinstance(self.positions, AxialPositions):
+            return self.positions(positions)
         return F.embedding(positions, self.positions.weight)
 
 

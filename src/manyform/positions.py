@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from manyform.errors import ManyformError, unknown
 from manyform.ops.rotary import rotary
@@ -160,6 +161,28 @@ class RotaryTable:
     def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angle = positions[..., None].double() * self.frequencies.to(positions.device)
         return (angle.cos() * self.factor).float(), (angle.sin() * self.factor).float()
+
+
+class AxialPositions(nn.Module):
+    """Position p of a table of rows and columns is [rows[p // columns]; columns[p % columns]]: far
+    fewer parameters than positions times features (Ho 2019, arXiv:1912.12180; Reformer's released
+    code).
+
+    shape: number of rows and of columns; dims: features of each.
+    """
+
+    def __init__(self, shape: tuple[int, int], dims: tuple[int, int]) -> None:
+        super().__init__()
+        self.rows, self.columns = (nn.Parameter(torch.empty(n, d)) for n, d in zip(
+            shape, dims, strict=True))
+        for table in (self.rows, self.columns):
+            nn.init.normal_(table, std=0.02)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions: (...) int64 -> (..., sum of dims)."""
+        n = self.columns.shape[0]
+        return torch.cat([F.embedding(positions // n, self.rows),
+                          F.embedding(positions % n, self.columns)], dim=-1)
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -49,13 +49,14 @@ class Stack(nn.ModuleList):
                 reset: Tensor | None = None, shared: dict[str, Any] | None = None,
                 final_norm: nn.Module | None = None, exits: Exits | None = None,
                 ) -> tuple[Tensor, tuple[BlockState, ...]]:
-        """x: (batch, length, d_model) -> the same shape, behind `final_norm` where one is given,
-        and a state for each layer. exits: what tokens may do on the way."""
+        """x: (batch, length, d_model) -> the same shape (reversible streams one beside the other:
+        2 d_model features), behind `final_norm` where one is given, and a state for each layer.
+        exits: what tokens may do on the way."""
         shared = {} if shared is None else shared
         after: list[BlockState] = []
         outside = shared.get("entrance")  # of a stack around this one
         shared["entrance"] = x
-        dual = self.residual == "residual_dual"
+        dual = self.residual in ("residual_dual", "reversible")
         if dual:
             x = torch.stack([x, x])
         for i, block in enumerate(self.layers):
@@ -68,7 +69,9 @@ class Stack(nn.ModuleList):
             x = new if exits is None else exits(i + 1, x, new)
             after.append(layer)
         shared["entrance"] = outside
-        if dual:
+        if self.residual == "reversible":
+            x = torch.cat([*x], dim=-1)
+        elif dual:
             x, long = x
             return x + (long if final_norm is None else final_norm(long)), tuple(after)
         return x if final_norm is None else final_norm(x), tuple(after)

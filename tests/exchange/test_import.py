@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import manyform
 from manyform.errors import ManyformError
+from manyform.exchange.families import FAMILIES
+from manyform.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +189,50 @@ def test_a_use_of_a_shared_block_is_named_in_full(tmp_path):
     refused(tmp_path / "out", "lacks " + name.replace(".", r"\."))
     change_config(tmp_path / "out", layers_block_type=["mamba", "mystery", "mamba", "hybrid"])
     refused(tmp_path / "out", "must list 4 layers as layers_block_type")
+
+
+REFORMER = {"vocab_size": 16, "hidden_size": 16, "feed_forward_size": 24, "is_decoder": True,
+            "attn_layers": ["local", "lsh"], "num_attention_heads": 2, "attention_head_size": 8,
+            "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": [2, 4],
+            "axial_pos_shape": [4, 8], "axial_pos_embds_dim": [4, 12],
+            "max_position_embeddings": 32}
+
+
+@pytest.fixture
+def reformer(tmp_path):
+    torch.manual_seed(0)
+    model = Model(FAMILIES["reformer"].read_config(REFORMER)).eval()
+    assert manyform.save_pretrained(model, tmp_path / "reformer") == "reformer"
+    return tmp_path / "reformer"
+
+
+def test_rotations_that_were_drawn_at_every_call_are_drawn_once(reformer):
+    assert json.loads((reformer / "config.json").read_text())["hash_seed"] == 0
+    tokens = torch.randint(16, (1, 23))
+    one, other = (manyform.load_pretrained(reformer) for _ in range(2))
+    assert torch.equal(one(tokens)[0], other(tokens)[0])
+    with pytest.raises(ManyformError, match="looks ahead and cannot continue"):
+        one(tokens, one.blocks.initial_state(1))
+
+
+@pytest.mark.parametrize(("values", "match"), [
+    ({"num_buckets": None}, "leaves num_buckets to the length"),
+    ({"lsh_attn_chunk_length": 6}, "chunks of 6 and blocks of 4"),
+    ({"attn_layers": ["local", "global"]}, "each 'lsh' or 'local'"),
+    ({"is_decoder": False}, "is_decoder=False"),
+    ({"lsh_num_chunks_before": 2}, "lsh_num_chunks_before=2"),
+    ({"axial_pos_embds_dim": [4, 4]}, "add up to d_model=16"),
+    ({"axial_pos_shape": [4, 16]}, r"weights\.1 is \(1, 8, 12\), not \(1, 16, 12\)")])
+def test_a_reformer_that_has_no_equal_is_refused(reformer, values, match):
+    change_config(reformer, **values)
+    refused(reformer, match)
+
+
+@pytest.mark.parametrize(("values", "match"), [
+    ({"is_decoder": False, "attention_type": "original_full"}, "original_full' of an encoder"),
+    ({"is_decoder": True, "attention_type": "block_sparse"}, "block_sparse' of a decoder")])
+def test_a_bigbird_that_has_no_equal_is_refused(values, match):
+    with pytest.raises(ManyformError, match=match):
+        FAMILIES["big_bird"].read_config({
+            "vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 24, **values})

@@ -15,6 +15,9 @@ from manyform.mixers.reformer import Reformer
 @pytest.mark.parametrize(("cls", "options"), [
     (Reformer, dict(chunk=4, buckets=4, hashes=2)),
     (Reformer, dict(chunk=4, buckets=4, hashes=2, causal=False, position="none")),
+    (Reformer, dict(chunk=4, buckets=[2, 4], hashes=2, hash_seed=3)),
+    (Reformer, dict(chunk=4, buckets=[2, 4], hashes=2, causal=False, released=True, multiple=8)),
+    (Reformer, dict(chunk=80, causal=False, released=True, position="none")),
     (DifferentialAttention, dict()),
     (DifferentialAttention, dict(window=6, position="none")),
 ])
@@ -69,6 +72,45 @@ def test_reformer(causal, hashes):
     assert torch.allclose(got[0], y.flatten(1) @ layer.out.weight.T, rtol=1e-9, atol=1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("hashes", "n"), [(1, 60), (3, 57), (2, 4)])
+def test_reformer_as_released(hashes, n):
+    """Sort, fill up, lay the rounds one behind the other, cut; then one query after the other."""
+    chunk, d = 4, 8
+    layer = make(Reformer, n_heads=2, buckets=[2, 4], hashes=hashes, chunk=chunk, causal=False,
+                 released=True, multiple=12, position="none")
+    shared = (X[:n] @ layer.qk.weight.T).view(n, 2, d)
+    value = (X[:n] @ layer.v.weight.T).view(n, 2, d)
+    y = torch.zeros(n, 2, d, dtype=torch.float64)
+    for h in range(2):
+        laid = []
+        for turn in layer.rotations[h]:
+            z = shared[:, h] @ turn
+            low, high = (torch.cat([part, -part], 1).argmax(1).tolist()
+                         for part in (z[:, :1], z[:, 1:]))
+            bucket = [a + 2 * b for a, b in zip(low, high, strict=True)]
+            laid += sorted(range(n), key=lambda j: (bucket[j], j))
+            laid += [None] * (-n % 12)
+        chunks = [laid[s:s + chunk] for s in range(0, len(laid), chunk)]
+        for i in range(n):
+            seen = list(range(i)) if n <= chunk else [
+                j for c, own in enumerate(chunks) if i in own for j in chunks[c - 1] + own
+                if j is not None and j < i]
+            seen = seen or [i]
+            score = torch.stack([shared[i, h] @ shared[j, h]
+                                 / (shared[j, h].square().mean() + 1e-6).sqrt() / math.sqrt(d)
+                                 for j in seen])
+            y[i, h] = score.softmax(0) @ value[seen, h]
+    got, _ = layer(X[None, :n])
+    assert torch.allclose(got[0], y.flatten(1) @ layer.out.weight.T, rtol=1e-9, atol=1e-10)
+
+
+def test_reformer_draws_its_rotations_from_a_seed():
+    layer = Reformer(16, n_heads=2, buckets=4, hashes=3, causal=False, released=True, hash_seed=7)
+    torch.manual_seed(7)
+    assert torch.equal(layer.rotations, torch.randn(2, 8, 3, 2).transpose(1, 2))
+
+
 def test_reformer_saves_its_rotations():
     first, second = make(Reformer), Reformer(16).double()
     second.load_state_dict(first.state_dict())
@@ -106,7 +148,11 @@ def test_differential_attention():
 
 @pytest.mark.parametrize(("cls", "options", "words"), [
     (Reformer, dict(buckets=5), "buckets must be even"),
+    (Reformer, dict(buckets=[4, 3]), "even factors"),
     (Reformer, dict(hashes=0), "at least 1"),
+    (Reformer, dict(released=True), "needs causal=False"),
+    (Reformer, dict(causal=False, multiple=64), "needs released=True"),
+    (Reformer, dict(causal=False, released=True, multiple=65), "multiple of chunk=64"),
     (Reformer, dict(position="alibi"), "unknown position"),
     (DifferentialAttention, dict(position="alibi"), "unknown position"),
 ])

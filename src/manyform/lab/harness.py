@@ -119,8 +119,8 @@ class ManyformLM(TemplateLM):
                               ) -> list[float]:
         """Log-likelihood of whole texts, each with all of its past as context; a model with a
         table of learned positions starts anew where the table ends."""
-        limit = (self.model.config.max_length if self.model.config.position == "learned"
-                 else None)
+        limit = (self.model.config.max_length if self.model.config.position in
+                 ("learned", "axial") else None)
         found = []
         for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from manyform.init import linear, residual_std
 from manyform.mixers.attention import _document_starts, _heads
 from manyform.mixers.block_attention import kept
 from manyform.ops.append import append
-from manyform.ops.lsh_attention import hash_buckets, lsh_attention
+from manyform.ops.lsh_attention import chunked_lsh_attention, hash_buckets, lsh_attention
 from manyform.positions import RotaryTable
 
 
@@ -43,7 +45,14 @@ class Reformer(SequenceMixer):
       stream. Otherwise it sees its chunk of the sorted sequence and the one before, as in the
       paper, and needs the whole sequence in a call. The paper draws new rotations at every step;
       here they stay, without which a stream could not be continued.
+    released: a token sees the earlier ones of its chunk and of the one before, as in the released
+      code and in transformers (`manyform.ops.lsh_attention.chunked_lsh_attention`), every head with
+      rotations of its own; sequences of up to `chunk` tokens see all that is earlier. Later tokens
+      move the edges of the chunks, so that this is a form of causal=False: it takes whole rows, of
+      one document each. multiple: what the sorted sequence is filled up to (None: chunk).
     buckets, hashes, chunk: the paper takes chunks of twice the average bucket, and up to 8 hashes.
+      Buckets may be given as factors ([64, 128]), each hashed by itself. hash_seed: draws the
+      rotations (None: torch's generator does).
     position: "rotary" turns queries and keys after they are hashed; "none" leaves it to the model
       (the paper's are learned).
     n_heads, head_dim: as in attention.
@@ -57,22 +66,36 @@ class Reformer(SequenceMixer):
     rotations: Tensor
 
     def __init__(self, d_model: int, *, place: Place = Place(), n_heads: int | None = None,
-                 head_dim: int | None = None, buckets: int = 32, hashes: int = 4, chunk: int = 64,
-                 causal: bool = True, position: str = "rotary", rope_base: float = 10000.0) -> None:
+                 head_dim: int | None = None, buckets: int | Sequence[int] = 32, hashes: int = 4,
+                 chunk: int = 64, causal: bool = True, released: bool = False,
+                 multiple: int | None = None, hash_seed: int | None = None,
+                 position: str = "rotary", rope_base: float = 10000.0) -> None:
         super().__init__(d_model, place=place)
         if position not in ("rotary", "none"):
             raise unknown("position of reformer", position, ("rotary", "none"))
-        if buckets not in range(2, 1 << 15, 2):
-            raise ManyformError(f"buckets must be even, from 2 to 32766, not {buckets}")
+        self.factors = (buckets,) if isinstance(buckets, int) else tuple(buckets)
+        self.buckets = math.prod(self.factors)
+        if not self.factors or any(n < 2 or n % 2 for n in self.factors) or self.buckets >= 1 << 15:
+            raise ManyformError("buckets must be even, from 2 to 32766, or even factors of such a "
+                                f"number, not {buckets}")
         if hashes < 1 or chunk < 1:
             raise ManyformError(f"hashes and chunk must be at least 1, not {hashes} and {chunk}")
+        if released and causal:
+            raise ManyformError("released=True needs causal=False: a later token moves the edges "
+                                "of the chunks, so that this form cannot stream")
+        if multiple is not None and (not released or multiple < 1 or multiple % chunk):
+            raise ManyformError(f"multiple={multiple} needs released=True, and to be a multiple of "
+                                f"chunk={chunk}")
         self.n_heads, self.head_dim = _heads(d_model, n_heads, head_dim)
-        self.buckets, self.hashes, self.chunk, self.causal = buckets, hashes, chunk, causal
+        self.hashes, self.chunk, self.causal = hashes, chunk, causal
+        self.released, self.hash_seed = released, hash_seed
+        self.multiple = chunk if multiple is None else multiple
+        self.packs = not released
         width = self.n_heads * self.head_dim
         self.qk = linear(d_model, width)
         self.v = linear(d_model, width)
         self.out = linear(width, d_model, std=residual_std(place))
-        self.register_buffer("rotations", torch.randn(hashes, self.head_dim, buckets // 2))
+        self.register_buffer("rotations", self._draw())
         self.table = RotaryTable(self.head_dim, base=rope_base) if position == "rotary" else None
 
     @property
@@ -89,7 +112,9 @@ class Reformer(SequenceMixer):
         start = _document_starts(state, old, length, reset)
         q, v = (t.view(batch, length, self.n_heads, self.head_dim)
                 for t in (self._shared(x), self.v(x)))
-        buckets = hash_buckets(q.transpose(1, 2), self.rotations).to(torch.int16)
+        if self.released:
+            return self._released(q, v), None
+        buckets = hash_buckets(q.transpose(1, 2), self.rotations, self.factors).to(torch.int16)
         if self.table is not None:
             places = None if start is None else torch.arange(old, old + length,
                                                              device=x.device) - start
@@ -109,6 +134,40 @@ class Reformer(SequenceMixer):
             total - start[:, -1])
         keep = total if reset is None else int(lengths.max())
         return y, ReformerState(kept(k, keep), kept(v, keep), buckets[..., total - keep:], lengths)
+
+    def _draw(self) -> Tensor:
+        """Rotations, (hashes, head_dim, n), or those of every head, (n_heads, hashes, head_dim, n):
+        then as transformers draws them from a seed."""
+        n, device = sum(self.factors) // 2, self.qk.weight.device
+        shape = (self.hashes, self.head_dim, n)
+        if self.released:
+            shape = (self.n_heads, self.head_dim, self.hashes, n)  # type: ignore[assignment]
+        if self.hash_seed is None:
+            drawn = torch.randn(shape)
+        else:
+            generator = torch.Generator().manual_seed(self.hash_seed)
+            drawn = torch.randn(shape, generator=generator, device="cpu").to(device)
+        return drawn.transpose(1, 2).contiguous() if self.released else drawn
+
+    def _released(self, q: Tensor, v: Tensor) -> Tensor:
+        """The output from the shared projection and the values, (batch, length, heads, head_dim),
+        of whole rows."""
+        batch, length, heads, d = q.shape
+        few = length <= self.chunk
+        q, v = q.transpose(1, 2), v.transpose(1, 2)
+        if few:
+            buckets = q.new_zeros(batch, heads, 1, length, dtype=torch.int64)
+        else:
+            buckets = hash_buckets(q, self.rotations, self.factors)
+        if self.table is not None:
+            q = self.table.turn(q.transpose(1, 2)).transpose(1, 2)
+        k = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + 1e-6 * d)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if few:
+            y = lsh_attention(q, k, v, buckets, None, chunk=(length + 1) // 2, causal=True)
+        else:
+            y = chunked_lsh_attention(q, k, v, buckets, chunk=self.chunk, multiple=self.multiple)
+        return self.out(y.transpose(1, 2).reshape(batch, length, -1))
 
     def _shared(self, x: Tensor) -> Tensor:
         """The shared projection, in the dtype of the parameters, since it decides the buckets."""
@@ -130,8 +189,11 @@ class Reformer(SequenceMixer):
     def cost(self, length: int) -> Cost:
         """Projections, hashes, and 2 chunk keys a query and hash."""
         width = self.n_heads * self.head_dim
-        weights = 3 * width * self.d_model + width * self.hashes * self.buckets // 2
+        weights = 3 * width * self.d_model + width * self.hashes * sum(self.factors) // 2
         pairs = length * self.hashes * 2 * self.chunk
+        if self.released and length <= self.chunk:
+            weights = 3 * width * self.d_model
+            pairs = length * 2 * ((length + 1) // 2)
         row = width * 2 * self.qk.weight.element_size() + 2 * self.n_heads * self.hashes
         return Cost(2 * weights * length + 4 * width * pairs,
                     row * length + 8 if self.causal else 0)

@@ -1,10 +1,14 @@
 """Attention inside buckets of a locality-sensitive hash, by sorting.
 
 Forms: `sorted` puts the keys of every bucket side by side and attends to intervals of them
-(`manyform.ops.sparse_attention`); the reference compares every pair.
+(`manyform.ops.sparse_attention`), `chunks` compares chunk with chunk; the references compare every
+pair.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -106,15 +110,89 @@ def _(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, start: Tensor | None, *,
     return sparse_attention(q, k.gather(2, index), v.gather(2, index), low, high, scale=1.0)
 
 
-def hash_buckets(x: Tensor, rotations: Tensor) -> Tensor:
+def _chunked_flops(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, *, chunk: int, multiple: int,
+                   ) -> int:
+    batch, heads, length, d = q.shape
+    return 4 * d * batch * heads * buckets.shape[2] * length * 2 * chunk
+
+
+@operation(flops=_chunked_flops)
+def chunked_lsh_attention(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, *, chunk: int,
+                          multiple: int) -> Tensor:
+    """y_i = sum over j < i of n_ij p_ij v_j, p_i = softmax of q_i.k_j where j counts n_ij times:
+    attention in chunks of the sorted sequence as Reformer's released code has it.
+
+    q, k, v: (B, H, T, D). buckets: (B, H, R, T) int64, of each token in R rounds. In every round
+    the tokens are sorted by bucket, and filled up to a multiple of `multiple`; the rounds lie one
+    behind the other and are cut into chunks of `chunk`. n_ij says how often j stands in a chunk of
+    i's or in the chunk before one, in whatever bucket and round (before the first chunk lies the
+    last). i itself counts only where there is no other. The operations are counted as 2 chunk keys
+    for every query and round.
+    Returns (B, H, T, D) in the dtype of v.
+    """
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    length, rounds = q.shape[2], buckets.shape[2]
+    filled = -(-length // multiple) * multiple
+    rank = buckets.argsort(dim=3, stable=True).argsort(dim=3)
+    mine = (rank + filled * torch.arange(rounds, device=q.device)[:, None]) // chunk
+    times = torch.zeros(*q.shape[:3], length, dtype=wide, device=q.device)
+    for own in mine.unbind(2):
+        for other in mine.unbind(2):
+            gap = (own[..., :, None] - other[..., None, :]) % (rounds * filled // chunk)
+            times += gap <= 1
+    place = torch.arange(length, device=q.device)
+    times *= place[:, None] > place
+    times += (times.sum(-1, keepdim=True) == 0) & (place[:, None] == place)
+    score = q.to(wide) @ k.to(wide).mT
+    return ((score + times.log()).softmax(-1) @ v.to(wide)).to(v.dtype)
+
+
+NEVER = -1e30
+"""The score of a pair that is not seen; finite, so that no gradient is NaN."""
+
+
+@chunked_lsh_attention.path("chunks")
+def _(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, *, chunk: int, multiple: int) -> Tensor:
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    batch, heads, length, d = q.shape
+    rounds = buckets.shape[2]
+    filled = -(-length // multiple) * multiple
+    order = buckets.argsort(dim=3, stable=True)
+    place = torch.nn.functional.pad(order, (0, filled - length), value=length).flatten(2)
+    index = place.clamp(max=length - 1)[..., None].expand(-1, -1, -1, d)
+    q_, k_, v_ = (x.to(wide).gather(2, index).unflatten(2, (-1, chunk)) for x in (q, k, v))
+    place = place.unflatten(2, (-1, chunk))
+    k_, v_, seen = (torch.cat([x.roll(1, dims=2), x], dim=3) for x in (k_, v_, place))
+    score = (q_ @ k_.mT).masked_fill(seen[..., None, :] >= place[..., None], NEVER)
+    total = score.logsumexp(-1)
+    y = (score - total[..., None]).exp() @ v_
+    slot = torch.empty_like(order).scatter_(3, order, torch.arange(
+        length, device=q.device).expand_as(order))
+    slot = (slot + filled * torch.arange(rounds, device=q.device)[:, None]).flatten(2)
+    y = y.flatten(2, 3).gather(2, slot[..., None].expand(-1, -1, -1, d))
+    total = total.flatten(2).gather(2, slot).unflatten(2, (rounds, length))
+    y = (y.unflatten(2, (rounds, length)) * total.softmax(2)[..., None]).sum(2)
+    alone = (total < NEVER / 2).all(2)[..., None]
+    return torch.where(alone, v.to(wide), y).to(v.dtype)
+
+
+def hash_buckets(x: Tensor, rotations: Tensor, factors: Sequence[int] | None = None) -> Tensor:
     """h(x) = argmax([x R; -x R]) for each round's R (Andoni 2015; Kitaev 2020, section 2).
 
-    x: (B, H, T, D); rotations: (R, D, buckets / 2). Returns (B, H, R, T) int64; computed in float32
-    (float64 for float64 input), whatever autocast says, since it decides who sees whom.
+    x: (B, H, T, D); rotations: (R, D, buckets / 2), or (H, R, D, buckets / 2) where every head has
+    its own. factors: the bucket is h_1 + f_1 (h_2 + f_2 (...)), each h from its own f / 2 columns
+    of the rotations (released code, for many buckets). Returns (B, H, R, T) int64; computed in
+    float32 (float64 for float64 input), whatever autocast says, since it decides who sees whom.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rounds, d, half = rotations.shape
+    rounds, d, half = rotations.shape[-3:]
+    flat = rotations.to(wide).transpose(-3, -2).reshape(*rotations.shape[:-3], d, rounds * half)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        turned = x.to(wide) @ rotations.to(wide).transpose(0, 1).reshape(d, rounds * half)
+        turned = x.to(wide) @ flat
         turned = turned.unflatten(-1, (rounds, half)).transpose(2, 3)
-        return torch.cat([turned, -turned], -1).argmax(-1)
+        sizes = [2 * half] if factors is None else list(factors)
+        parts = turned.split([n // 2 for n in sizes], -1)
+        found = torch.zeros(turned.shape[:-1], dtype=torch.int64, device=x.device)
+        for i, part in enumerate(parts):
+            found += math.prod(sizes[:i]) * torch.cat([part, -part], -1).argmax(-1)
+        return found

@@ -38,6 +38,9 @@ class Composite(SequenceMixer):
         super().__init__(d_model, place=place)
         if residual not in RESIDUALS:
             raise unknown("residual", residual, RESIDUALS)
+        if residual == "reversible":
+            raise ManyformError("residual='reversible' ends in two streams; it is a setting of the "
+                                "model, not of stacks inside of a mixer")
         self.norm, self.residual = norm, residual
 
     def build_stack(self, pattern: str, role: str) -> Stack:

@@ -220,7 +220,7 @@ def _refuse_tbptt(model: Model) -> None:
                 f"tbptt carries a state over the whole text, and the state of "
                 f"{type(block.mixer).__name__} grows with it; give the mixer a window, or train "
                 "without tbptt")
-    if model.config.position == "learned":
+    if model.config.position in ("learned", "axial"):
         raise ManyformError("tbptt runs past the end of a learned position table; use another "
                             "position, or train without tbptt")
 

@@ -33,6 +33,6 @@ ENTRIES = [
              note="the published sizes: below some thousand tokens little is left out"),
     Entry.of("reformer", 2020, "Kitaev et al., Reformer, arXiv:2001.04451", "sparse attention",
              "reformer(hashes=8, buckets=8)", norm="layer", channel="mlp", position="learned",
-             note="buckets for some hundred tokens; without reversible layers, which change memory "
-                  "and not the function"),
+             note="buckets for some hundred tokens; one residual stream, where the paper has two "
+                  "reversible ones (residual='reversible' beside tie=False)"),
 ]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from manyform.ops.fast_weights import SILU, Blocks, Weights, where
 from manyform.ops.operation import operation
@@ -78,41 +79,99 @@ def _(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_keep: Tensor, log_momen
     forgetting and the momentum leave at t of step s, M_t = A_t M + (A E)_t S - (A E theta)_ts g_s.
     """
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    batch = len(q)
+    batch, heads = len(q), q.shape[2]
     with torch.autocast(v.device.type, enabled=False):
-        memory, momentum, start, position = _start(batch, initial, state, wide)
-        fresh = _expand(batch, initial, wide)
-        blocks = Blocks(batch, q.shape[1], chunk, None if state is None else position, reset,
+        old = _start(batch, initial, state, wide)
+        blocks = Blocks(batch, q.shape[1], chunk, None if state is None else old.position, reset,
                         q.device)
-        parts = [blocks.split(x.to(wide)).transpose(2, 3).unbind(1) for x in (q, k, v)]
-        # Zeros where there is no token: nothing is learned, nothing forgotten,
+
+        def parts(x: Tensor) -> list[Tensor]:
+            """(B, T, H, ...) -> a chunk's (B H, C, ...) each; zeros where there is no token:"""
+            return [c.flatten(0, 1) for c in blocks.split(x.to(wide)).transpose(2, 3).unbind(1)]
+        # nothing is learned there, nothing forgotten,
         rates, keeps, moves = (blocks.split(x.to(wide)).transpose(2, 3) for x in (
             rate, log_keep, log_momentum))
         moved, move_all = _decays(moves)
         kept, keep_all = _decays(keeps)
         kept = kept * blocks.valid[:, :, None, None]  # nor is momentum added there
         pushed = -moved * rates[..., None, :]
-        share, mix = (kept @ pushed).unbind(1), (kept @ move_all[..., None]).unbind(1)
-        last = pushed[..., -1, :, None].unbind(1)
-        keep, move = keep_all[..., None].unbind(1), move_all[..., -1:, None].unbind(1)
-        ys = []
-        for n, (q_, k_, v_) in enumerate(zip(*parts, strict=True)):
-            if n:
-                start = memory if blocks.plain else where(blocks.valid[:, n, 0], memory, start)
-            if reset is not None:
-                memory, start = (where(blocks.fresh[:, n], fresh, w) for w in (memory, start))
-                momentum = where(blocks.fresh[:, n], _zeros(momentum), momentum)
-            inputs, results = SILU.run(start, k_)
-            errors = SILU.gradients(start, results, 2 * (results[-1] - v_))
-            ys.append(SILU.read(q_, memory, momentum, inputs, errors, keep[n], mix[n], share[n]))
-            ends = share[n][..., -1, :, None]
-            memory = tuple(keep[n][..., -1:, :] * m + mix[n][..., -1:, :] * s + i.mT @ (ends * e)
-                           for m, s, i, e in zip(memory, momentum, inputs, errors, strict=True))
-            momentum = tuple(move[n] * s + i.mT @ (last[n] * e)
-                             for s, i, e in zip(momentum, inputs, errors, strict=True))
-        start = where(blocks.position == 0, memory, start)
-        y = blocks.join(torch.stack(ys, dim=1).transpose(2, 3))
+        share, mix = kept @ pushed, (kept @ move_all[..., None])
+        # What M and S of before weigh in M_t, for every t, and in the next M and S.
+        weigh = torch.stack([keep_all, mix[..., 0]], -1)
+        last = torch.stack([share[..., -1, :], pushed[..., -1, :]], -1)
+        step = torch.stack([weigh[..., -1, :], F.pad(move_all[..., -1:], (1, 0))], -2)
+        shares, weighs, lasts, steps = ([c.flatten(0, 1) for c in x.unbind(1)]
+                                        for x in (share, weigh, last, step))
+        new = blocks.fresh.any(0).tolist() if reset is not None else [False] * blocks.count
+        fresh = [torch.cat([w, torch.zeros_like(w)], 1).repeat(batch, 1, 1)
+                 for w in (i.to(wide) for i in initial)]
+        both = [torch.cat([m, s], 2).flatten(0, 1)
+                for m, s in zip(old.memory, old.momentum, strict=True)]
+        held, ys = [], []
+        for n, (q_, k_, v_) in enumerate(zip(*map(parts, (q, k, v)), strict=True)):
+            if new[n]:
+                mask = blocks.fresh[:, n].repeat_interleave(heads)[:, None, None]
+                both = [torch.where(mask, f, z) for f, z in zip(fresh, both, strict=True)]
+            begin = None
+            if n == 0 and state is not None:
+                begin = where(blocks.fresh[:, 0], _expand(batch, initial, wide), old.start)
+            held.append((both, begin))
+            inputs, errors = _learn(both, begin, k_, v_)
+            ys.append(_read(q_, both, inputs, errors, shares[n], weighs[n]))
+            both = [_next(z, i, e, lasts[n], steps[n])
+                    for z, i, e in zip(both, inputs, errors, strict=True)]
+        y = blocks.join(torch.stack(ys, dim=1).unflatten(0, (batch, heads)).permute(0, 2, 3, 1, 4))
+        memory, momentum = zip(*(z.unflatten(0, (batch, heads)).chunk(2, 2) for z in both),
+                               strict=True)
+        start = where(blocks.position == 0, memory, _begun(held, blocks, heads))
     return y.to(v.dtype), NeuralMemory(memory, momentum, start, blocks.position)
+
+
+def _learn(both: list[Tensor], begin: Weights | None, k: Tensor, v: Tensor,
+           ) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs of every layer of the memory for keys (B H, C, D), and the gradients behind it, at
+    the M of [M; S], or at `begin`."""
+    if begin is not None:
+        weights = tuple(w.flatten(0, 1) for w in begin)
+        inputs, results = SILU.run(weights, k)
+        return inputs, SILU.gradients(weights, results, 2 * (results[-1] - v))
+    inputs, results = [k], []
+    for z in both:  # S times zero, which is cheaper than to cut M out and its gradient in again
+        results.append(torch.cat([inputs[-1], torch.zeros_like(inputs[-1])], -1) @ z)
+        inputs.append(SILU.activation(results[-1]))
+    errors = [2 * (results[-1] - v)]
+    for z, made in zip(reversed(both[1:]), reversed(results[:-1]), strict=True):
+        errors.append((errors[-1] @ z.mT).chunk(2, -1)[0] * SILU.slope(made))
+    return inputs[:-1], errors[::-1]
+
+
+def _read(x: Tensor, both: list[Tensor], inputs: list[Tensor], errors: list[Tensor], share: Tensor,
+          weigh: Tensor) -> Tensor:
+    """The results of M_t for x (B H, C, D): see `fast_weights`."""
+    for i, z in enumerate(both):
+        x = SILU.activation(x) if i else x
+        base = (weigh[..., None] * x[..., None, :]).flatten(-2) @ z
+        x = torch.baddbmm(base, share * (x @ inputs[i].mT), errors[i])
+    return x
+
+
+def _next(both: Tensor, inputs: Tensor, errors: Tensor, last: Tensor, step: Tensor) -> Tensor:
+    """[M; S] (B H, 2 inputs, outputs) after the chunk."""
+    learned = (last[..., None] * inputs[..., None, :]).flatten(-2).mT @ errors
+    return torch.baddbmm(learned.view(len(both), 2, -1), step, both.view(len(both), 2, -1)
+                         ).view(both.shape)
+
+
+def _begun(held: list[tuple[list[Tensor], Weights | None]], blocks: Blocks, heads: int) -> Weights:
+    """The memory before the chunk of every row's last token."""
+    def of(n: int) -> Weights:
+        both, begin = held[n]
+        return begin or tuple(z.chunk(2, 1)[0].unflatten(0, (-1, heads)) for z in both)
+    if blocks.plain:
+        return of(-1)
+    ends = blocks.valid.any(-1).sum(1).tolist()
+    return tuple(torch.stack([of(n - 1)[layer][row] for row, n in enumerate(ends)])
+                 for layer in range(len(held[0][0])))
 
 
 def _decays(logs: Tensor) -> tuple[Tensor, Tensor]:

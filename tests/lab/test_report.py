@@ -12,7 +12,8 @@ import pytest
 from sample_results import partial, sample_results
 
 from manyform.errors import ManyformError
-from manyform.lab.report import PALETTE, page, write_report
+from manyform.lab.frame import PALETTE
+from manyform.lab.report import page, write_report
 
 EVIL = '<img src=x onerror="window.pwned=1">'
 

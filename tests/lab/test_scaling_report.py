@@ -8,7 +8,7 @@ import pytest
 from tests.scaling.synthetic import EPOCH, grid, iso
 
 from manyform.errors import ManyformError
-from manyform.lab.report import _plotly
+from manyform.lab.frame import plotly
 from manyform.lab.scaling_report import Jump, page, write_report
 from manyform.scaling import Chinchilla, emergence, fit, fit_archs
 from manyform.scaling.table import join
@@ -24,7 +24,7 @@ def test_one_law(tmp_path):
     text = path.read_text()
     assert "{{" not in text.split("<script>")[0]
     assert "A &lt;law&gt;" in text
-    assert not re.search(r'(src|href)="https?:', text.replace(_plotly(), ""))
+    assert not re.search(r'(src|href)="https?:', text.replace(plotly(), ""))
     data = figures(text)
     (arch,) = data["archs"].values()
     assert len(arch["draws"]) == 60

@@ -1,26 +1,24 @@
 """The report: one HTML file that opens anywhere, without a network, and holds its own data.
 
-The words and tables are written here; the charts are drawn by report_assets/report.js from the
-figures embedded in the page, with the plotting library embedded beside them.
+The words and tables are written here, into the frame that `lab.frame` fills; the charts are drawn
+by report_assets/report.js from the figures embedded in the page.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
-import html
 import json
 import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from manyform.errors import ManyformError
 from manyform.lab import findings, tables, words
 from manyform.lab.findings import finals, title
+from manyform.lab.frame import chart, chip, escape, fill, looks, scrolling, swatch
 from manyform.lab.probes import wilson
 from manyform.lab.statistics import compare_all
 from manyform.lab.tables import Table, summary_table
@@ -28,16 +26,6 @@ from manyform.lab.tasks import write_atomically
 from manyform.lab.verdict import TOPICS, Verdict, verdict
 
 __all__ = ["page", "summary_table", "write_report"]
-
-# Eight hues, for light and for dark: apart in lightness too, so that they stay apart under
-# simulated protanopia and deuteranopia (Machado 2009), and at 3.3 : 1 or more against the page.
-PALETTE = (("#276fe7", "#4a96fc"), ("#a03c0c", "#df8a40"), ("#03a05b", "#4ef398"),
-           ("#851f92", "#c07fc6"), ("#b2841d", "#e9da4b"), ("#7d2145", "#e97b9f"),
-           ("#3c90dc", "#21b9fd"), ("#7e8e98", "#e2d3de"))
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "star")
-_STROKES = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 3"}
-
 
 def write_report(folder: str | Path) -> Path:
     """Write report.html beside the results.json of a run folder, finished or not.
@@ -60,53 +48,50 @@ def write_report(folder: str | Path) -> Path:
 def page(results: Mapping[str, Any]) -> str:
     """The whole page."""
     found = verdict(results)
-    styles = _styles(results)
-    data = results.get("data") or {}
-    parts = {
-        "title": _esc(f"{data.get('name') or 'Comparison'} - manyform compare"),
-        "css": _asset("report.css"), "js": _asset("report.js"), "plotly": _plotly(),
-        "payload": _json(_payload(results, styles)), "question": _question(results),
-        "summary": _named(found.summary, results), "facts": _facts(results),
-        "partial": _partial(results), "verdict": _verdict(found, results),
-        "legend": _legend(results, styles), "results": _table(tables.main_table(results), results,
-                                                              styles, lead=True),
-        "more_tables": "".join(_table(t, results, styles) for t in (
-            tables.differences_table(results), tables.equal_table(results)) if t and t.rows),
-        "charts": _charts(results, styles),
-        "budget": _budget(results, styles), "setup": _setup(results, styles),
-        "failures": _failures(results), "footer": _footer(results)}
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], _asset("report.html"))
+    styles = looks(results.get("archs") or {})
+    name = (results.get("data") or {}).get("name")
+    main = _table(tables.main_table(results), results, styles, lead=True)
+    more = "".join(_table(t, results, styles) for t in (
+        tables.differences_table(results), tables.equal_table(results)) if t and t.rows)
+    return fill(
+        kind="compare", title=f"{name or 'Comparison'} - manyform compare",
+        question=f"Which architecture for “{name}”?" if name else "Which architecture?",
+        summary=_named(found.summary, results), facts=_facts(results), notice=_partial(results),
+        sections={"results": "Results", "verdict": "Verdict", "charts": "Charts",
+                  "budget": "Budget", "setup": "Setup"},
+        before=f'<section id="results"><h2>Results</h2>{main}</section>\n'
+               '<section id="verdict"><h2>Verdict</h2>'
+               f'<div class="topics">{_verdict(found, results)}</div>{more}</section>\n'
+               f"{_failures(results)}",
+        legend=_legend(results, styles), charts=_charts(results, styles),
+        after=f"{_budget(results, styles)}\n"
+              f'<section id="setup"><h2>Setup</h2>{_setup(results, styles)}</section>',
+        footer=_footer(results), figures=_figures(results, styles), scripts=["report.js"])
 
 
 # Words
-
-def _question(results: Mapping[str, Any]) -> str:
-    data = (results.get("data") or {}).get("name")
-    return f"Which architecture for “{_esc(data)}”?" if data else "Which architecture?"
-
 
 def _named(text: str, results: Mapping[str, Any]) -> str:
     """Escaped text with the names of architectures set apart."""
     names = sorted(results.get("archs") or {}, key=len, reverse=True)
     if not names:
-        return _esc(text)
+        return escape(text)
     pattern = r"(?<![\w/.-])(" + "|".join(re.escape(n) for n in names) + r")(?![\w-])"
-    return "".join(f'<b class="arch">{_esc(part)}</b>' if i % 2 else _esc(part)
+    return "".join(f'<b class="arch">{escape(part)}</b>' if i % 2 else escape(part)
                    for i, part in enumerate(re.split(pattern, text)))
 
 
-def _facts(results: Mapping[str, Any]) -> str:
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     plan, machine = results.get("plan") or {}, results.get("machine") or {}
     archs = results.get("archs") or {}
     params = next((a["target_params"] for a in archs.values() if a.get("target_params")), None)
-    facts = [("architectures", str(len(archs))),
-             ("parameters each", words.count(params)),
-             ("tokens each", words.count(plan.get("tokens"))
-              if plan.get("match", "params") == "params" else f"equal {plan.get('match')}"),
-             ("seeds", str(plan.get("seeds") or "")), ("budget", str(plan.get("budget") or "")),
-             ("machine", str(machine.get("name") or "")),
-             ("date", str(results.get("created") or "")[:10])]
-    return "".join(f"<div><dt>{_esc(k)}</dt><dd>{_esc(v)}</dd></div>" for k, v in facts if v)
+    return [("architectures", str(len(archs))),
+            ("parameters each", words.count(params)),
+            ("tokens each", words.count(plan.get("tokens"))
+             if plan.get("match", "params") == "params" else f"equal {plan.get('match')}"),
+            ("seeds", str(plan.get("seeds") or "")), ("budget", str(plan.get("budget") or "")),
+            ("machine", str(machine.get("name") or "")),
+            ("date", str(results.get("created") or "")[:10])]
 
 
 def _partial(results: Mapping[str, Any]) -> str:
@@ -160,14 +145,14 @@ def _failures(results: Mapping[str, Any]) -> str:
              for e in r.get("events") or []]
     if not rows:
         return ""
-    items = "".join(f'<li><b class="arch">{_esc(n)}</b> {_esc(text)}</li>' for n, text in rows)
+    items = "".join(f'<li><b class="arch">{escape(n)}</b> {escape(text)}</li>' for n, text in rows)
     return ('<section id="failures"><h2>Failures and events</h2>'
             f'<ul class="plain">{items}</ul></section>')
 
 
 def _footer(results: Mapping[str, Any]) -> str:
-    return (f"manyform {_esc(results.get('manyform') or '')}, "
-            f"{_esc(str(results.get('updated') or results.get('created') or ''))}. "
+    return (f"manyform {escape(results.get('manyform') or '')}, "
+            f"{escape(str(results.get('updated') or results.get('created') or ''))}. "
             "Figures: results.json, results.csv and curves.csv beside this file.")
 
 
@@ -176,9 +161,9 @@ def _footer(results: Mapping[str, Any]) -> str:
 def _table(table: Table, results: Mapping[str, Any], styles: Mapping[str, Any], *,
            lead: bool = False) -> str:
     """A figure with the table, its note, its source and its CSV."""
-    return (f'<figure class="table" id="table-{table.key}"><figcaption><h3>{_esc(table.title)}'
+    return (f'<figure class="table" id="table-{table.key}"><figcaption><h3>{escape(table.title)}'
             f"</h3></figcaption>{_plain_table(table, styles, lead=lead)}"
-            + (f'<p class="note">{_esc(table.note)}</p>' if table.note else "")
+            + (f'<p class="note">{escape(table.note)}</p>' if table.note else "")
             + _source(table, results) + "</figure>")
 
 
@@ -187,23 +172,22 @@ def _plain_table(table: Table, styles: Mapping[str, Any], *, lead: bool = False)
                for i in range(len(table.columns))]
     head = "".join(
         f'<th scope="col" class="{"n" if numeric[i] else ""}">'
-        + (f'<button type="button" data-sort="{i}">{_esc(c)}</button>' if lead else _esc(c))
+        + (f'<button type="button" data-sort="{i}">{escape(c)}</button>' if lead else escape(c))
         + "</th>" for i, c in enumerate(table.columns))
     body = ""
     for row in table.rows:
         name = row[0].text
         known = table.by_arch and name in styles
-        cells = (f'<th scope="row">{_key(styles[name]) if known else ""}'
-                 f"<span>{_esc(name)}</span></th>")
+        cells = (f'<th scope="row">{swatch(styles[name]) if known else ""}'
+                 f"<span>{escape(name)}</span></th>")
         for i, cell in enumerate(row[1:], 1):
-            raw = "" if cell.value is None else _esc(str(cell.value))
-            text = _esc(cell.text) or '<span class="none">–</span>'
+            raw = "" if cell.value is None else escape(str(cell.value))
+            text = escape(cell.text) or '<span class="none">–</span>'
             mark = f"<strong>{text}</strong>" if cell.mark else text
             cells += f'<td class="{"n" if numeric[i] else ""}" data-v="{raw}">{mark}</td>'
-        mine = f' data-arch="{_esc(name)}"' if known else ""
+        mine = f' data-arch="{escape(name)}"' if known else ""
         body += f"<tr{mine}>{cells}</tr>"
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{_esc(table.title)}">'
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+    return scrolling(table.title, f"<tr>{head}</tr>", body)
 
 
 def _source(table: Table, results: Mapping[str, Any]) -> str:
@@ -213,12 +197,12 @@ def _source(table: Table, results: Mapping[str, Any]) -> str:
     return ('<div class="source">'
             f'<a class="button" download="{table.key}.csv" '
             f'href="data:text/csv;charset=utf-8;base64,{packed}">CSV</a>'
-            f"<details><summary>Source</summary><p>{_esc(table.source)}</p>"
+            f"<details><summary>Source</summary><p>{escape(table.source)}</p>"
             f"{_command(command) if command else ''}</details></div>")
 
 
 def _command(text: str) -> str:
-    return (f'<span class="command"><code>{_esc(text)}</code>'
+    return (f'<span class="command"><code>{escape(text)}</code>'
             '<button type="button" class="copy" aria-label="Copy the command">copy</button></span>')
 
 
@@ -249,12 +233,12 @@ _CHARTS = (
      "all; a ring marks the rate that was chosen.", tables.tuning_table, "",
      (("logx", "logx", "log x", True), ("logy", "logy", "log y", False))),
     ("probes", "Probes", "Accuracy on fresh examples with 95% intervals; the dashed line is "
-     "chance.", tables.probes_table, "wide", ()),
+     "chance.", tables.probes_table, "wide own", ()),
     ("twins", "Probes and their continuous twins", "Bits that a right answer costs, less is "
      "better. Open: the share of last answers that are right, with the line p, the chance that "
      "these bits stand for. Filled: the share of sequences whose every answer is right, with the "
      "line p^L for L answers a sequence. Where filled markers follow p^L, a leap of the exact "
-     "match is the metric's doing and not the model's.", tables.twins_table, "wide", ()))
+     "match is the metric's doing and not the model's.", tables.twins_table, "wide own", ()))
 
 
 def _charts(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
@@ -264,17 +248,14 @@ def _charts(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
         has = table.rows and (key != "pareto" or finals(results))
         if not has:
             out += (f'<figure class="chart empty {shape}"><figcaption><h3>{name}</h3>'
-                    f'<p class="note">{_esc(table.missing or "Not measured yet.")}'
+                    f'<p class="note">{escape(table.missing or "Not measured yet.")}'
                     '</p></figcaption></figure>')
             continue
         under = "" if table.csv_only or key == "pareto" else (
             f"<details class='data'><summary>Data</summary>{_plain_table(table, styles)}</details>")
-        out += (f'<figure class="chart {shape}" id="figure-{key}"><figcaption><h3>{name}</h3>'
-                f'<p class="note">{_esc(f"{text} {table.missing}".strip())}</p></figcaption>'
-                f'{_switches(key, switches)}'
-                f'<div class="plot" id="plot-{key}" role="img" '
-                f'aria-label="{_esc(f"Chart: {name}. {text} The data is in the CSV below.")}">'
-                f"</div>{under}{_source(table, results)}</figure>")
+        out += chart(key, name, f"{text} {table.missing}".strip(), shape,
+                     above=_switches(key, switches), under=under + _source(table, results),
+                     more="The data is in the CSV below.")
     return out
 
 
@@ -299,40 +280,14 @@ def _legend(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
         families.setdefault(entry.get("family") or "other", []).append(name)
     out = ""
     for family, names in families.items():
-        chips = "".join(f'<button type="button" class="chip" data-arch="{_esc(n)}" '
-                        f'aria-pressed="true">{_key(styles[n])}{_esc(n)}</button>' for n in names)
+        chips = "".join(chip(n, styles[n]) for n in names)
         out += (f'<div class="family"><button type="button" class="name" '
-                f'data-family="{_esc(family)}" aria-pressed="true">{_esc(family)}</button>'
+                f'data-family="{escape(family)}" aria-pressed="true">{escape(family)}</button>'
                 f"{chips}</div>")
     return out
 
 
-def _styles(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Colour, dash and marker of each architecture, by the order in which they were given, so that
-    one added later leaves the others as they were."""
-    return {name: {"light": PALETTE[i % 8][0], "dark": PALETTE[i % 8][1],
-                   "dash": DASHES[(i + i // 8) % 5], "symbol": SYMBOLS[(i + i // 8) % 8]}
-            for i, name in enumerate(results.get("archs") or {})}
-
-
-def _key(style: Mapping[str, Any]) -> str:
-    """The line and marker of an architecture, as it is drawn in the charts."""
-    return (f'<svg class="key" viewBox="0 0 30 12" width="30" height="12" aria-hidden="true" '
-            f'style="--light:{style["light"]};--dark:{style["dark"]}"><path d="M1 6H29" '
-            f'stroke-width="2" stroke-dasharray="{_STROKES[style["dash"]]}"/>'
-            f'<path class="marker" d="{_MARKERS[style["symbol"]]}"/></svg>')
-
-
-_MARKERS = {
-    "circle": "M15 2a4 4 0 1 0 .01 0z", "square": "M11.5 2.5h7v7h-7z",
-    "diamond": "M15 1l5 5-5 5-5-5z", "triangle-up": "M15 1.5l4.6 8h-9.2z",
-    "triangle-down": "M15 10.5l4.6-8h-9.2z",
-    "cross": "M13.5 1.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
-    "x": "M11 3.5L12.8 2 15 4.2 17.2 2 19 3.5 16.6 6 19 8.5 17.2 10 15 7.8 12.8 10 11 8.5 13.4 6z",
-    "star": "M15 .8l1.5 3.4 3.7.4-2.8 2.5.8 3.7L15 8.9l-3.2 1.9.8-3.7-2.8-2.5 3.7-.4z"}
-
-
-def _payload(results: Mapping[str, Any], styles: Mapping[str, Any]) -> dict[str, Any]:
+def _figures(results: Mapping[str, Any], styles: Mapping[str, Any]) -> dict[str, Any]:
     """What the charts are drawn from."""
     archs = results.get("archs") or {}
     values = finals(results)
@@ -408,13 +363,13 @@ def _budget(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
                  f"{words.clock(plan['total'])} in all")
     text += f". The learning-rate search took {words.share(spent['tune'] / whole)} of it."
     parts = ", ".join(f"{k} {words.clock(v)}" for k, v in plan.items() if k != "total")
-    return (f'<section id="budget"><h2>Plan and budget</h2><p>{_esc(text)}</p>'
-            + (f'<p class="note">Planned: {_esc(parts)}.</p>' if parts else "")
-            + '<figure class="chart wide" id="figure-budget"><figcaption><h3>What the time went to'
-              '</h3></figcaption><div class="plot" id="plot-budget" role="img" '
-              'aria-label="Chart: seconds by architecture and kind of work."></div>'
-              f"{_plain_table(table, styles)}<p class='note'>{_esc(table.note)}</p>"
-              f"{_source(table, results)}</figure></section>")
+    return (f'<section id="budget"><h2>Plan and budget</h2><p>{escape(text)}</p>'
+            + (f'<p class="note">Planned: {escape(parts)}.</p>' if parts else "")
+            + chart("budget", table.title, "", "wide own",
+                    under=f"{_plain_table(table, styles)}<p class='note'>{escape(table.note)}</p>"
+                          + _source(table, results),
+                    more="Seconds by architecture and kind of work.")
+            + "</section>")
 
 
 def _setup(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
@@ -452,7 +407,7 @@ def _setup(results: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
                      for k, v in settings.items()}}
     out = ""
     for name, facts in blocks.items():
-        rows = "".join(f"<div><dt>{_esc(k)}</dt><dd>{_esc(str(v))}</dd></div>"
+        rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>"
                        for k, v in facts.items() if v not in (None, ""))
         out += f'<section class="facts"><h3>{name}</h3><dl>{rows}</dl></section>' if rows else ""
     more = "".join(_table(t, results, styles) for t in (
@@ -468,27 +423,3 @@ def _rate(gflops: float | None) -> str | None:
 
 def _full(n: int | None) -> str | None:
     return None if n is None else f"{n:,}"
-
-
-# Pieces
-
-def _esc(text: Any) -> str:
-    return html.escape(str(text), quote=True)
-
-
-def _json(value: Any) -> str:
-    """JSON that can stand in a script element."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
-
-
-def _asset(name: str) -> str:
-    return (resources.files("manyform.lab") / "report_assets" / name).read_text(encoding="utf-8")
-
-
-@functools.cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-    return get_plotlyjs().replace("</script", "<\\/script")

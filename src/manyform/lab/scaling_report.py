@@ -1,13 +1,12 @@
 """The scaling report: one HTML file with the law, its intervals, its charts and a planner.
 
-It has the look and the parts of the comparison's report; the charts and the planner are drawn by
-report_assets/scaling.js from the runs, the laws and the bootstraps embedded in the page.
+It stands in the same frame as the comparison's report (`lab.frame`); the charts and the planner are
+drawn by report_assets/scaling.js from the runs, the laws and the bootstraps embedded in the page.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 import manyform
 from manyform.errors import ManyformError
-from manyform.lab.report import DASHES, PALETTE, SYMBOLS, _asset, _esc, _json, _key, _plotly
+from manyform.lab.frame import asset, chart, chip, escape, fill, looks, scrolling, swatch
 from manyform.lab.tasks import write_atomically
 from manyform.scaling.approaches import Approach, compare, profiles
 from manyform.scaling.emergence import Emergence
@@ -67,21 +66,22 @@ def page(found: Fit | Families, *, title: str = "", command: str = "",
         if not isinstance(fitted.law, Chinchilla):
             raise ManyformError("the report draws laws of parameters and tokens (chinchilla, "
                                 f"overtraining), not {fitted.name}")
-    styles = {name: {"light": PALETTE[i % 8][0], "dark": PALETTE[i % 8][1],
-                     "dash": DASHES[(i + i // 8) % 5], "symbol": SYMBOLS[(i + i // 8) % 8]}
-              for i, name in enumerate(fits)}
+    styles = looks(fits)
     routes = {name: compare(f) for name, f in fits.items()}
     several = found if isinstance(found, Families) and len(fits) > 1 else None
-    parts = {
-        "title": _esc(title or "Scaling law"), "css": _asset("report.css"),
-        "js": _asset("scaling.js"), "plotly": _plotly(),
-        "payload": _json(payload(fits, styles, routes, several, jumps)),
-        "question": _esc(title or "How does the loss fall with compute?"),
-        "summary": _summary(fits, several), "facts": _facts(fits), "law": _law(fits, styles),
-        "choice": _choice(fits), "legend": _legend(fits, styles),
-        "charts": _charts(fits, several, jumps),
-        "words": _words(fits, routes, found, jumps), "footer": _footer(fits, command)}
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], _asset("scaling.html"))
+    planner = asset("planner.html").replace("{{choice}}", _choice(fits))
+    return fill(
+        kind="scaling", title=title or "Scaling law",
+        question=title or "How does the loss fall with compute?", summary=_summary(fits, several),
+        facts=_facts(fits), sections={"law": "Law", "plan": "Planner", "charts": "Charts",
+                                      "words": "In words"},
+        before=f'<section id="law"><h2>The law</h2>{_law(fits, styles)}</section>\n{planner}',
+        legend="".join(chip(n, styles[n], n or "runs") for n in fits),
+        charts=_charts(fits, several, jumps),
+        after='<section id="words"><h2>In words</h2>'
+              f"{_words(fits, routes, found, jumps)}</section>",
+        footer=_footer(fits, command), figures=payload(fits, styles, routes, several, jumps),
+        scripts=["scaling.js"], styles=["scaling.css"])
 
 
 def payload(fits: dict[str, Fit], styles: dict[str, Any], routes: dict[str, list[Approach]],
@@ -94,7 +94,7 @@ def payload(fits: dict[str, Fit], styles: dict[str, Any], routes: dict[str, list
     first = next(iter(fits.values()))
     return {"metric": "loss" if first.runs.metric == "loss" else first.runs.metric,
             "level": first.level, "smallest": smallest, "largest": largest,
-            "budgets": budgets.tolist(), "archs": {
+            "budgets": budgets.tolist(), "order": list(fits), "archs": {
                 name: {**styles[name], **_arch(f, budgets, routes[name]),
                        "chance": _plain(chances[name]) if name in chances else [],
                        "jump": _jump(jumps[name]) if name in jumps else None}
@@ -160,30 +160,29 @@ def _summary(fits: dict[str, Fit], several: Families | None) -> str:
             low, high = f.interval("a")
             text += f" (between {low:.2f} and {high:.2f})"
         best = f.counted(f.law, f.largest)
-        return _esc(f"{name + ': ' if name else ''}{text}; at the largest measured budget it is "
+        return escape(f"{name + ': ' if name else ''}{text}; at the largest measured budget it is "
                     f"{short(best.params)} parameters on {short(best.tokens)} tokens.")
     crossings = several.crossings() if _drawn(fits) else []
     found = [c for c in crossings if c.flops is not None]
     if found:
-        return _esc(". ".join(crossing_text(c).split(";")[0] for c in found[:3]) + ".")
+        return escape(". ".join(crossing_text(c).split(";")[0] for c in found[:3]) + ".")
     largest = max(f.largest for f in fits.values())
     losses = {n: float(f.frontier([largest])[0][0]) for n, f in fits.items()}
     ahead = min(losses, key=lambda n: losses[n])
-    return _esc(f"At the largest measured budget {ahead} has the least loss, each architecture at "
-                "its best size; the fitted frontiers do not cross within ten times of it.")
+    return escape(f"At the largest measured budget {ahead} has the least loss, each architecture "
+                  "at its best size; the fitted frontiers do not cross within ten times of it.")
 
 
-def _facts(fits: dict[str, Fit]) -> str:
+def _facts(fits: dict[str, Fit]) -> list[tuple[str, str]]:
     runs = [f.runs for f in fits.values()]
-    facts = [("points", str(sum(len(r) for r in runs))),
-             ("runs", str(sum(int(r.clusters.max()) + 1 for r in runs))),
-             ("parameters", f"{short(min(r.params.min() for r in runs))} to "
-                            f"{short(max(r.params.max() for r in runs))} ({runs[0].convention})"),
-             ("tokens", f"{short(min(r.tokens.min() for r in runs))} to "
-                        f"{short(max(r.tokens.max() for r in runs))}"),
-             ("largest budget", f"{max(r.flops.max() for r in runs):.2g} FLOPs"),
-             ("FLOPs", {"given": "as given", "6ND": "6 N D"}.get(runs[0].flops_from, "mixed"))]
-    return "".join(f"<div><dt>{_esc(k)}</dt><dd>{_esc(v)}</dd></div>" for k, v in facts)
+    return [("points", str(sum(len(r) for r in runs))),
+            ("runs", str(sum(int(r.clusters.max()) + 1 for r in runs))),
+            ("parameters", f"{short(min(r.params.min() for r in runs))} to "
+                           f"{short(max(r.params.max() for r in runs))} ({runs[0].convention})"),
+            ("tokens", f"{short(min(r.tokens.min() for r in runs))} to "
+                       f"{short(max(r.tokens.max() for r in runs))}"),
+            ("largest budget", f"{max(r.flops.max() for r in runs):.2g} FLOPs"),
+            ("FLOPs", {"given": "as given", "6ND": "6 N D"}.get(runs[0].flops_from, "mixed"))]
 
 
 def _law(fits: dict[str, Fit], styles: dict[str, Any]) -> str:
@@ -201,13 +200,13 @@ def _law(fits: dict[str, Fit], styles: dict[str, Any]) -> str:
         held = "–" if f.held_out is None else (
             f"{100 * f.held_out.error:+.2f}%<br><span class=\"none\">{f.held_out.rows} points, "
             f"{100 * f.held_out.worst:+.2f}% at worst</span>")
-        body += (f'<tr><th scope="row">{_key(styles[arch])}<span>{_esc(arch or "runs")}</span></th>'
-                 f'{cells}<td class="n">{held}</td><td class="n">{100 * f.sigma:.2g}%</td></tr>')
-    return ('<div class="scroll" tabindex="0" role="region" aria-label="Coefficients"><table>'
-            f'<thead><tr><th scope="col">L = E + A / N^alpha + B / D^beta</th>{head}'
-            '<th scope="col" class="n">held out</th><th scope="col" class="n">scatter</th></tr>'
-            f"</thead><tbody>{body}</tbody></table></div>"
-            '<p class="note">Small figures are intervals of the bootstraps. A and B trade off '
+        name = f"{swatch(styles[arch])}<span>{escape(arch or 'runs')}</span>"
+        body += (f'<tr><th scope="row">{name}</th>{cells}'
+                 f'<td class="n">{held}</td><td class="n">{100 * f.sigma:.2g}%</td></tr>')
+    top = (f'<tr><th scope="col">L = E + A / N^alpha + B / D^beta</th>{head}'
+           '<th scope="col" class="n">held out</th><th scope="col" class="n">scatter</th></tr>')
+    return (scrolling("Coefficients", top, body)
+            + '<p class="note">Small figures are intervals of the bootstraps. A and B trade off '
             "against the exponents: their digits are not knowledge, the exponents, the optimum and "
             "the loss are. Held out: the largest budgets, predicted by the others.</p>")
 
@@ -215,13 +214,8 @@ def _law(fits: dict[str, Fit], styles: dict[str, Any]) -> str:
 def _choice(fits: dict[str, Fit]) -> str:
     if len(fits) == 1:
         return ""
-    options = "".join(f'<option value="{_esc(n)}">{_esc(n)}</option>' for n in fits)
+    options = "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in fits)
     return f'<label>Architecture <select id="arch">{options}</select></label>'
-
-
-def _legend(fits: dict[str, Fit], styles: dict[str, Any]) -> str:
-    return "".join(f'<button type="button" class="chip" data-arch="{_esc(n)}" aria-pressed="true">'
-                   f"{_key(styles[n])}{_esc(n or 'runs')}</button>" for n in fits)
 
 
 def _charts(fits: dict[str, Fit], several: Families | None, jumps: Mapping[str, Jump]) -> str:
@@ -246,26 +240,22 @@ def _charts(fits: dict[str, Fit], several: Families | None, jumps: Mapping[str, 
                     ""),
                    ("twin", "Its continuous twin", "Mean nats of a token of the same text, and a "
                     "smooth law through them. A jump is real only if it breaks here too.", "")]
-    return "".join(
-        f'<figure class="chart {shape}"><figcaption><h3>{name}</h3><p class="note">{_esc(note)}</p>'
-        f'</figcaption><div class="plot" data-chart="{key}" id="plot-{key}" role="img" '
-        f'aria-label="{_esc(f"Chart: {name}. {note}")}"></div></figure>'
-        for key, name, note, shape in charts)
+    return "".join(chart(*each) for each in charts)
 
 
 def _words(fits: dict[str, Fit], routes: dict[str, list[Approach]],
            found: Fit | Families, jumps: Mapping[str, Jump]) -> str:
-    out = "" if isinstance(found, Fit) else f"<pre>{_esc(families_table(found))}</pre>"
+    out = "" if isinstance(found, Fit) else f"<pre>{escape(families_table(found))}</pre>"
     for name, f in fits.items():
-        heading = f"<h3>{_esc(name)}</h3>" if name else ""
-        out += (f"{heading}<pre>{_esc(f.summary())}\n\n{_esc(approaches_table(routes[name]))}"
+        heading = f"<h3>{escape(name)}</h3>" if name else ""
+        out += (f"{heading}<pre>{escape(f.summary())}\n\n{escape(approaches_table(routes[name]))}"
                 "</pre>")
         if name in jumps:
-            out += f"<p>{_esc(jumps[name].found.text)}</p>"
+            out += f"<p>{escape(jumps[name].found.text)}</p>"
     return out
 
 
 def _footer(fits: dict[str, Fit], command: str) -> str:
     source = next(iter(fits.values())).runs.source
-    return (f"manyform {_esc(manyform.__version__)}. Runs: {_esc(Path(source).name or source)}."
-            + (f" Command: <code>{_esc(command)}</code>" if command else ""))
+    return (f"manyform {escape(manyform.__version__)}. Runs: {escape(Path(source).name or source)}."
+            + (f" Command: <code>{escape(command)}</code>" if command else ""))

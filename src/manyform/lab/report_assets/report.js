@@ -1,26 +1,8 @@
-// Draws the charts of the page from the figures embedded in it. One legend serves all: what is
-// shown, the theme and the switches are the only state, and every chart is drawn from them anew.
+// Draws the charts of a comparison from the figures embedded in the page.
 (function () {
   "use strict";
-  const root = document.documentElement;
-  const figures = JSON.parse(document.getElementById("figures").textContent);
-  const archs = figures.archs;
-  const names = figures.order;
-  const hidden = new Set();
-  const switches = {};
-  const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
-  const shown = () => names.filter((n) => !hidden.has(n));
-  // Plotly reads a little HTML in labels; names are text.
-  const text = (s) => String(s).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-  const dark = () => root.dataset.theme === "dark";
-  const color = (n) => (dark() ? archs[n].dark : archs[n].light);
+  const { figures, archs, names, shown, each, text, css, dark, color, has, fade, axis, layout } = page;
   const narrow = (div) => div.clientWidth < 520;
-  const has = (v) => v !== null && v !== undefined;
-  const fade = (hex, alpha) => {
-    const v = parseInt(hex.slice(1), 16);
-    return `rgba(${v >> 16},${(v >> 8) & 255},${v & 255},${alpha})`;
-  };
 
   function bytes(n) {
     for (const [unit, name] of [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) {
@@ -30,37 +12,12 @@
   }
   const tokens = (n) => (n >= 1024 && n % 1024 === 0 ? `${n / 1024}k` : String(n));
 
-  function axis(title, more) {
-    return Object.assign({
-      title: { text: title, standoff: 8, font: { size: 12.5 } }, gridcolor: css("--line"),
-      linecolor: css("--line"), zeroline: false, ticks: "outside", tickcolor: css("--line"),
-      ticklen: 4, automargin: true,
-    }, more);
-  }
   // Labels at 1, 2 and 5 on a logarithmic axis of more than a decade, at round steps on a shorter.
   function log(on, values, format, few) {
     if (!on) return { type: "linear" };
     const decades = Math.log10(Math.max(...values) / Math.min(...values)) || 0;
     return { type: "log", tickformat: format, ...(decades > 0.8 ? { dtick: "D2" } : { nticks: few ? 4 : 8 }) };
   }
-
-  function layout(div, more) {
-    return Object.assign({
-      autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: css("--sans"), size: 12, color: css("--soft") },
-      margin: { l: 52, r: 14, t: 10, b: 44 }, showlegend: false, hovermode: "closest",
-      dragmode: touch() ? false : "zoom",
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") },
-      hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), align: "left",
-        font: { family: css("--sans"), size: 12.5, color: css("--ink") } },
-    }, more);
-  }
-  const touch = () => window.matchMedia("(pointer: coarse)").matches || window.innerWidth < 520;
-  // The buttons are listed, and the address is empty, so that none of them uploads anything.
-  const config = () => ({ displayModeBar: touch() ? false : "hover",
-    displaylogo: false, responsive: true, plotlyServerURL: "",
-    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
-    toImageButtonOptions: { format: "svg" } });
 
   function line(n, more) {
     return Object.assign({ type: "scatter", mode: "lines+markers", name: text(n), meta: n, cliponaxis: false,
@@ -92,7 +49,7 @@
     }
     const xs = traces.flatMap((t) => t.x);
     const ys = traces.flatMap((t) => t.y);
-    return [traces, layout(div, {
+    return [traces, layout({
       xaxis: axis(label, { exponentformat: x === "flops" ? "e" : "SI", ...log(on.logx, xs, x === "flops" ? ".0e" : "~s") }),
       yaxis: axis("bits per byte", log(on.logy, ys, "~g")) })];
   };
@@ -170,7 +127,7 @@
     const span = Math.max(...xs) - Math.min(...xs) || 1;
     const range = xs.length ? [Math.min(...xs) - (small ? 0.2 : 0.1) * span, Math.max(...xs) + 0.2 * span] : undefined;
     const labels = place(points, div, on.logx, range, small ? 11 : 12.5);
-    return [traces, layout(div, { annotations: labels,
+    return [traces, layout({ annotations: labels,
       xaxis: axis(label, { exponentformat: "SI", ...log(on.logx, points.map((p) => p.x), "~s", small), range }),
       yaxis: axis("bits per byte", {}) })];
   };
@@ -181,7 +138,7 @@
       const rows = archs[n].decode.filter((r) => has(r[key]));
       return rows.length ? line(n, { x: rows.map((r) => r.context), y: rows.map((r) => r[key]), ...trace(n, rows) }) : null;
     }).filter(Boolean);
-    return [traces, layout(div, {
+    return [traces, layout({
       xaxis: axis("context in tokens", { ...log(on.logx, contexts()), tickvals: contexts(), ticktext: contexts().map(tokens) }),
       yaxis: axis(title, { ...log(on.logy, traces.flatMap((t) => t.y), "~g"), ...more }) })];
   }
@@ -206,7 +163,7 @@
       return rows.length ? line(n, { x: rows.map((r) => r.factor), y: rows.map((r) => r.bpb),
         hovertemplate: `<b>${text(n)}</b><br>%{y:.3f} bits per byte<br>at %{x}x the training length<extra></extra>` }) : null;
     }).filter(Boolean);
-    return [traces, layout(div, {
+    return [traces, layout({
       xaxis: axis("context, in training lengths", { ...log(on.logx, factors), tickvals: factors, ticktext: factors.map((f) => `${f}x`) }),
       yaxis: axis("bits per byte", log(on.logy, traces.flatMap((t) => t.y), "~g")) })];
   };
@@ -225,7 +182,7 @@
     }
     const rates = [...new Set(names.flatMap((n) => archs[n].tuning.map((t) => t.lr)))].sort((a, b) => a - b);
     const apart = rates.filter((r, i) => i === 0 || r / rates[i - 1] > 1.25);
-    return [traces, layout(div, { xaxis: axis("learning rate", { ...log(on.logx, rates), tickvals: apart, ticktext: apart.map((r) => String(+r.toPrecision(2))) }),
+    return [traces, layout({ xaxis: axis("learning rate", { ...log(on.logx, rates), tickvals: apart, ticktext: apart.map((r) => String(+r.toPrecision(2))) }),
       yaxis: axis("bits per byte", log(on.logy, traces.flatMap((t) => t.y), "~g")) })];
   };
 
@@ -274,7 +231,7 @@
       notes.push(p.heading(`${(100 * any.chance).toFixed(0)}%`));
     }
     const height = (26 * listed.length + 46) * (narrow(div) ? kinds.length : 1) + 44;
-    return [traces, layout(div, { ...more, shapes, annotations: notes, height })];
+    return [traces, layout({ ...more, shapes, annotations: notes, height })];
   };
   draw.twins = (div) => {
     const least = 1e-6;  // bits, for a logarithmic axis
@@ -312,7 +269,7 @@
       shapes.push(p.line(-Math.log2(chance)));
       notes.push(p.heading(`${+(-Math.log2(chance)).toPrecision(3)} ${chance === 0.5 ? "bit" : "bits"}; L = ${answers}`));
     }
-    return [traces, layout(div, { ...more, shapes, annotations: notes, margin: { l: 52, r: 14, t: 26, b: 44 },
+    return [traces, layout({ ...more, shapes, annotations: notes, margin: { l: 52, r: 14, t: 26, b: 44 },
       height: (narrow(div) ? 290 * kinds.length : 320) + 30 })];
   };
 
@@ -323,52 +280,11 @@
     const traces = Object.entries(figures.kinds).map(([kind, label], i) => ({
       type: "bar", orientation: "h", name: label, y: listed.map(text), x: listed.map((n) => archs[n].seconds[kind] || 0),
       marker: { color: tint[i] }, hovertemplate: `%{y}<br>${label}: %{x:.1f} s<extra></extra>` }));
-    return [traces, layout(div, { barmode: "stack", showlegend: true, height: 30 * listed.length + 120,
+    return [traces, layout({ barmode: "stack", showlegend: true, height: 30 * listed.length + 120,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal", itemclick: false, itemdoubleclick: false },
       margin: { l: 10, r: 14, t: 10, b: 44 }, xaxis: axis("seconds", { exponentformat: "none" }),
       yaxis: axis("", { ticks: "", tickfont: { color: css("--ink") } }) })];
   };
-
-  function redraw(chart) {
-    const div = document.getElementById(`plot-${chart}`);
-    if (!div) return;
-    const [traces, shape] = draw[chart](div, switches[chart] || {});
-    Plotly.react(div, traces, shape, config());
-  }
-  const redrawAll = () => Object.keys(draw).forEach(redraw);
-
-  // Switches above a chart: one of several, or on and off.
-  each("[data-chart]", (button) => {
-    const { chart, group, value } = button.dataset;
-    const single = !group.startsWith("log");
-    const on = (switches[chart] = switches[chart] || {});
-    if (button.getAttribute("aria-pressed") === "true") on[group] = single ? value : true;
-    button.addEventListener("click", () => {
-      on[group] = single ? value : !on[group];
-      each(`[data-chart="${chart}"][data-group="${group}"]`, (b) =>
-        b.setAttribute("aria-pressed", String(single ? b.dataset.value === value : on[group])));
-      redraw(chart);
-    });
-  });
-
-  // The legend.
-  function legend() {
-    each(".chip", (b) => b.setAttribute("aria-pressed", String(!hidden.has(b.dataset.arch))));
-    each("[data-family]", (b) => b.setAttribute("aria-pressed", String(
-      names.some((n) => archs[n].family === b.dataset.family && !hidden.has(n)))));
-    each("tr[data-arch]", (row) => row.classList.toggle("off", hidden.has(row.dataset.arch)));
-    redrawAll();
-  }
-  each(".chip", (b) => b.addEventListener("click", () => {
-    if (!hidden.delete(b.dataset.arch)) hidden.add(b.dataset.arch);
-    legend();
-  }));
-  each("[data-family]", (b) => b.addEventListener("click", () => {
-    const members = names.filter((n) => archs[n].family === b.dataset.family);
-    const off = members.some((n) => !hidden.has(n));
-    members.forEach((n) => (off ? hidden.add(n) : hidden.delete(n)));
-    legend();
-  }));
 
   // Tables sort by the column whose heading is pressed; empty cells stay last.
   each("[data-sort]", (button) => button.addEventListener("click", () => {
@@ -388,34 +304,6 @@
     body.append(...[...body.rows].sort(compare));
   }));
 
-  // Theme and print.
-  const button = document.getElementById("theme");
-  function theme(name) {
-    root.dataset.theme = name;
-    button.textContent = name === "dark" ? "light" : "dark";
-    redrawAll();
-  }
-  button.addEventListener("click", () => {
-    const next = dark() ? "light" : "dark";
-    try { localStorage.setItem("manyform-theme", next); } catch (error) { /* kept for this page only */ }
-    theme(next);
-  });
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (e) => theme(e.matches ? "dark" : "light"));
-  document.getElementById("print").addEventListener("click", () => window.print());
-  let before = null;
-  window.addEventListener("beforeprint", () => {
-    before = root.dataset.theme;
-    each(".plot", (div) => {  // paper is narrower than most screens, and the charts keep their size
-      div.style.width = "660px";
-      if (!/probes|twins|budget/.test(div.id)) div.style.height = "320px";
-    });
-    theme("light");
-  });
-  window.addEventListener("afterprint", () => {
-    each(".plot", (div) => { div.style.width = div.style.height = ""; });
-    theme(before || "light");
-  });
-
   each(".copy", (b) => b.addEventListener("click", () => {
     const code = b.previousElementSibling;
     const done = () => { b.textContent = "copied"; setTimeout(() => { b.textContent = "copy"; }, 1500); };
@@ -429,9 +317,5 @@
     else select();
   }));
 
-  theme(root.dataset.theme);
-  let width = window.innerWidth;
-  window.addEventListener("resize", () => {
-    if (window.innerWidth !== width) { width = window.innerWidth; redrawAll(); }
-  });
+  page.start(draw);
 })();

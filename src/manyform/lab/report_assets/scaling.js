@@ -1,24 +1,9 @@
-// Draws the charts of a scaling report and plans with its laws. What is shown, the theme and the
-// sliders are the only state.
+// Draws the charts of a scaling law from the figures embedded in the page, and plans with it.
 (function () {
   "use strict";
-  const root = document.documentElement;
-  const figures = JSON.parse(document.getElementById("figures").textContent);
-  const archs = figures.archs;
-  const names = Object.keys(archs);
-  const hidden = new Set();
+  const { figures, archs, names, shown, text, css, color, fade, axis, layout } = page;
   const by = (id) => document.getElementById(id);
-  const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
-  const shown = () => names.filter((n) => !hidden.has(n));
-  const text = (s) => String(s).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-  const dark = () => root.dataset.theme === "dark";
-  const color = (n) => (dark() ? archs[n].dark : archs[n].light);
   const label = (n) => text(n || "runs");
-  const fade = (hex, alpha) => {
-    const v = parseInt(hex.slice(1), 16);
-    return `rgba(${v >> 16},${(v >> 8) & 255},${v & 255},${alpha})`;
-  };
   const short = (x) => {
     if (!Number.isFinite(x)) return "none";
     for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
@@ -50,28 +35,7 @@
     return [at(tail), at(1 - tail)];
   }
 
-  function axis(title, more) {
-    return Object.assign({
-      title: { text: title, standoff: 8, font: { size: 12.5 } }, gridcolor: css("--line"),
-      linecolor: css("--line"), zeroline: false, ticks: "outside", tickcolor: css("--line"),
-      ticklen: 4, automargin: true,
-    }, more);
-  }
   const logx = { type: "log", exponentformat: "power", dtick: 1 };
-  function layout(more) {
-    return Object.assign({
-      autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: css("--sans"), size: 12, color: css("--soft") },
-      margin: { l: 52, r: 14, t: 10, b: 44 }, showlegend: false, hovermode: "closest",
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") },
-      hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), align: "left",
-        font: { family: css("--sans"), size: 12.5, color: css("--ink") } },
-    }, more);
-  }
-  const config = { displaylogo: false, responsive: true, plotlyServerURL: "",
-    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
-    toImageButtonOptions: { format: "svg" } };
-
   const draw = {};
   draw.frontier = () => {
     const traces = [];
@@ -146,13 +110,6 @@
   draw.exact = () => jumps("exact", "expected", "exact match", { tickformat: ".0%", rangemode: "tozero" });
   draw.twin = () => jumps("nats", "smooth", "nats a token", { type: "log", nticks: 6, tickformat: "~g" });
 
-  function redraw() {
-    each(".plot", (div) => {
-      const [traces, look] = draw[div.dataset.chart]();
-      Plotly.react(div, traces, look, config);
-    });
-  }
-
   // The planner.
   const slider = { flops: by("flops"), share: by("share"), serve: by("serve") };
   const low = Math.log10(figures.smallest);
@@ -205,23 +162,6 @@
   Object.values(slider).forEach((s) => s.addEventListener("input", plan));
   if (by("arch")) by("arch").addEventListener("change", plan);
 
-  each(".chip", (b) => b.addEventListener("click", () => {
-    if (!hidden.delete(b.dataset.arch)) hidden.add(b.dataset.arch);
-    each(".chip", (c) => c.setAttribute("aria-pressed", String(!hidden.has(c.dataset.arch))));
-    redraw();
-  }));
-  const button = by("theme");
-  function theme(name) {
-    root.dataset.theme = name;
-    button.textContent = name === "dark" ? "light" : "dark";
-    redraw();
-  }
-  button.addEventListener("click", () => {
-    const next = dark() ? "light" : "dark";
-    try { localStorage.setItem("manyform-theme", next); } catch (error) { /* kept for this page only */ }
-    theme(next);
-  });
-  by("print").addEventListener("click", () => window.print());
   plan();
-  theme(root.dataset.theme);
+  page.start(draw);
 })();

@@ -187,6 +187,12 @@ def test_a_use_of_a_shared_block_is_named_in_full(tmp_path):
     name = "model.layers.1.shared_transformer.self_attn.linear_q_adapter_list.1.0.weight"
     change_weights(tmp_path / "out", lambda w: w.pop(name))
     refused(tmp_path / "out", "lacks " + name.replace(".", r"\."))
+    manyform.save_pretrained(model, tmp_path / "twice")
+    copy = "model.layers.3.shared_transformer.input_layernorm.weight"
+    change_weights(tmp_path / "twice", lambda w: w.update({copy: torch.ones(32)}))
+    manyform.load_pretrained(tmp_path / "twice")
+    change_weights(tmp_path / "twice", lambda w: w.update({copy: torch.zeros(32)}))
+    refused(tmp_path / "twice", r"ties model\.layers\.3\.shared_transformer\.input_layernorm")
     change_config(tmp_path / "out", layers_block_type=["mamba", "mystery", "mamba", "hybrid"])
     refused(tmp_path / "out", "must list 4 layers as layers_block_type")
 

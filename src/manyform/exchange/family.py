@@ -28,6 +28,8 @@ class Family:
     ignored: endings of tensors that are computed, not learned. aliases: pieces of names that some
     files have, and what stands for them here. constants: tensors that files have and models here
     have not, since no logit depends on them, by name; written, and when they are read `ignored`.
+    copies: beginnings of names under which files may hold shared tensors once more, and what those
+    of the originals begin with.
     """
 
     model_type: str
@@ -43,6 +45,7 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     aliases: tuple[tuple[str, str], ...] = ()
     constants: Callable[[Model], Mapping[str, Tensor]] | None = None
+    copies: Callable[[Model], Mapping[str, str]] | None = None
 
     def read_config(self, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json to our configuration; ManyformError naming what has no equal."""

@@ -80,7 +80,7 @@ def _read_weights(model: Model, family: Family, weights: Weights) -> None:
     missing = [n for n in wanted if n not in found]
     if missing:
         raise ManyformError(f"{where} lacks {names(missing)}")
-    copies = _tied_copy(model, family, weights, found)
+    copies = _copies(model, family, weights, found)
     surplus = [name for n, name in found.items() if n not in wanted and n not in copies
                and not n.endswith(family.ignored)]
     if surplus:
@@ -96,17 +96,20 @@ def _read_weights(model: Model, family: Family, weights: Weights) -> None:
             own[name].copy_(part)
 
 
-def _tied_copy(model: Model, family: Family, weights: Weights, found: dict[str, str],
-               ) -> set[str]:
-    """The name under which the files hold the tied embedding once more; ManyformError where that
-    copy differs."""
-    copy, original = f"{family.top['head']}.weight", f"{family.top['embedding']}.weight"
-    if not model.config.tie or copy not in found:
-        return set()
-    if not torch.equal(weights.get(found[copy]), weights.get(found[original])):
-        raise ManyformError(f"{weights.folder} ties {copy} to {original} in its config.json, and "
-                            "holds other values for it")
-    return {copy}
+def _copies(model: Model, family: Family, weights: Weights, found: dict[str, str]) -> set[str]:
+    """The names under which the files hold shared tensors, such as a tied embedding, once more;
+    ManyformError where a copy differs."""
+    begins = dict(family.copies(model)) if family.copies is not None else {}
+    if model.config.tie:
+        begins[f"{family.top['head']}.weight"] = f"{family.top['embedding']}.weight"
+    originals = {copy: original + copy.removeprefix(begin) for begin, original in begins.items()
+                 for copy in found if copy.startswith(begin)}
+    for copy, original in originals.items():
+        if original in found and not torch.equal(weights.get(found[copy]),
+                                                 weights.get(found[original])):
+            raise ManyformError(f"{weights.folder} ties {copy} to {original} in its config.json, "
+                                "and holds other values for it")
+    return {copy for copy, original in originals.items() if original in found}
 
 
 def save_pretrained(model: Model, path: str | Path, *, family: str | None = None,

@@ -101,6 +101,13 @@ def _write(model: Model, theirs: dict[str, Any]) -> None:
         use_shared_attention_adapter=part.adapt_attention)
 
 
+def _copies(model: Model) -> dict[str, str]:
+    """The shared blocks of later layers: those of the first layer that hears the same one."""
+    name, order = "model.layers.{}.shared_transformer.", model.blocks.order
+    return {name.format(i): name.format(order.index(block)) for i, block in enumerate(order)
+            if order.index(block) != i}
+
+
 def _low_rank(ours: str, theirs: str) -> Rules:
     """A use's additions: at their place in the list of the shared block that it hears."""
     where = f"/model.layers.{{first}}.shared_transformer.{theirs}_adapter_list.{{rank}}"
@@ -127,7 +134,7 @@ ZAMBA2 = Family(
      Only("tie_word_embeddings", (True,)), Fixed({"tie": True}),
      Both(_read_layers, _write_layers), Both(_read, _write),
      Choice("hidden_act", "zamba2.activation", ACTIVATIONS, "gelu"),
-     Only("use_long_context", (False,))),
+     Only("use_long_context", (False,)), Only("use_shared_mlp_adapter", (True,))),
     JAMBA.top,
     {"mixer_norm": "input_layernorm", **_mamba("mixer", "mamba"),
      "mixer.attention_norm": "shared_transformer.input_layernorm",
@@ -145,8 +152,9 @@ ZAMBA2 = Family(
     harmless=frozenset({
         "use_mamba_kernels", "use_mem_eff_path", "chunk_size", "time_step_max", "time_step_floor",
         "num_logits_to_keep", "max_position_embeddings", "rope_parameters",
-        # They follow from others; its convolution always has a bias.
+        # They follow from others; its convolution always has a bias, its steps that bound alone.
         "attention_hidden_size", "attention_head_dim", "mamba_headdim", "kv_channels",
-        "num_query_groups", "hybrid_layer_ids", "use_conv_bias"}))
+        "num_query_groups", "hybrid_layer_ids", "use_conv_bias", "time_step_limit"}),
+    copies=_copies)
 
 FAMILIES = [ZAMBA2]

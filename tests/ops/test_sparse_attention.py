@@ -106,6 +106,31 @@ def test_rows_of_memory_apart():
         assert (got - want).norm() <= 2e-2 * want.norm()
 
 
+@pytest.mark.skipif(not tiled(), reason="needs matrix tiles")
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_a_window_beside_choices_in_memory_that_held_something_else(shape, monkeypatch):
+    """Side by side and gathered meetings in one call, every new byte of memory set before."""
+    q, k, v, low, high = facts(*shape, dtype=torch.bfloat16)
+    end = (torch.arange(shape[4]) + 1).clamp(max=shape[5])[:, None].expand_as(low[..., :1])
+    begin = (end - 20).clamp(min=0)
+    low = torch.cat([torch.minimum(low, begin), begin], -1)
+    high = torch.cat([torch.minimum(high, begin), end], -1)
+    results = []
+    for form in ("reference", "amx"):
+        with use(sparse_attention=form):
+            y = sparse_attention(q, k, v, low, high)
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))))
+        empty = torch.empty
+
+        def poisoned(*args, _empty=empty, **kwargs):
+            x = _empty(*args, **kwargs)
+            return x.fill_(math.nan if x.is_floating_point() else -1)
+        monkeypatch.setattr(torch, "empty", poisoned)
+    for want, got in zip(*results, strict=True):
+        want, got = want.detach().double(), got.detach().double()
+        assert (got - want).norm() <= 2e-2 * want.norm()
+
+
 def test_shapes_that_do_not_fit_are_refused():
     q, k, v, low, high = facts(2, 4, 2, 2, 9, 14, 4)
     with pytest.raises(ManyformError, match="do not fit"):

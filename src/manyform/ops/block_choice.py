@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
+from manyform.ops.tiled_attention import LOG2E, _readable, _strides
 
 ROWS = 512
 """Queries at a time, so that no tensor of queries by compressed keys exists whole."""
@@ -84,6 +87,40 @@ def _(q: Tensor, k: Tensor, first: Tensor, count: Tensor, own: Tensor, *, size: 
         found.append(_choose(q[:, :, rows], k[:, :, :max(most, 1)], first[:, rows], count[:, rows],
                              own[:, rows], weights.to(q.device), block, number))
     return torch.cat(found, dim=2)
+
+
+def _tiles(q: Tensor, k: Tensor, first: Tensor, count: Tensor, own: Tensor, **_: Any) -> bool:
+    d = q.shape[3]
+    if not (q.dtype == k.dtype == torch.bfloat16 and q.shape[2] >= 32 and k.shape[2]
+            and d % 32 == 0 and d <= 256 and usable(q, k, first, count, own)):
+        return False
+    from manyform.ops.kernels.tiles import supported
+    return supported()
+
+
+@block_choice.path("amx", when=_tiles)
+@torch.no_grad()
+def _(q: Tensor, k: Tensor, first: Tensor, count: Tensor, own: Tensor, *, size: int, stride: int,
+      block: int, number: int) -> Tensor:
+    import numpy as np
+
+    from manyform.ops.kernels import block_choice as kernels
+    from manyform.ops.kernels.lanes import flat
+    q, k = _readable(q), _readable(k)
+    (batch, heads, n, d), (_, groups, keys, _) = q.shape, k.shape
+    rows = max(x.shape[0] for x in (first, count, own))
+    places = [x.expand(rows, -1).contiguous().numpy() for x in (first, count, own)]
+    chosen = torch.empty(batch, groups, n, number, dtype=torch.int64)
+    workers = threads()
+    sizes = kernels.scratch(keys, d, int(own.max()) // block + 1)
+    choose: Any = kernels.choose
+    choose(
+        flat(q), _strides(q), flat(k), _strides(k), heads, groups, n, keys, d, *places,
+        size // stride, block // stride, block, np.float32(LOG2E / math.sqrt(d)), chosen.numpy(),
+        torch.empty(workers, sizes[0]).numpy(),
+        torch.empty(workers, sizes[1], dtype=torch.int32).numpy().view("u4"),
+        torch.empty(workers, sizes[2], dtype=torch.int16).numpy().view("u2"))
+    return chosen
 
 
 def overlaps(keys: int, blocks: int, wide: int, steps: int) -> Tensor:

@@ -129,10 +129,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, *, scale: floa
     return y.reshape(batch, heads, rows * BLOCK, d)[:, :, :length].to(v.dtype)
 
 
-def _tiles(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, **_: Any) -> bool:
+def _tiles(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, *,
+           scale: float | None = None) -> bool:
     length, d = q.shape[2:]
     if not (q.dtype == k.dtype == v.dtype == torch.bfloat16 and length >= 32 and k.shape[2]
-            and d % 32 == 0 and d <= 256 and usable(q, k, v, low, high)):
+            and d % 32 == 0 and d <= 256 and (scale is None or scale > 1e-6)
+            and usable(q, k, v, low, high)):
         return False
     from manyform.ops.kernels.tiles import supported
     return supported()
@@ -142,65 +144,50 @@ def _tiles(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, **_: Any)
 def _(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, *, scale: float | None = None,
       ) -> Tensor:
     check(q, k, low, high)
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    tail = -k.shape[2] % BLOCK
-    if tail:
-        k, v = (F.pad(x, (0, 0, 0, tail)) for x in (k, v))
-    meetings = _meetings(low, high, k.shape[2])
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Sparse.apply(q, k, v, *meetings, scale)
-    return _forward(q, k, v, *meetings, scale)[0]
+    return tiled_intervals(q, k, v, low, high,
+                           1 / math.sqrt(q.shape[3]) if scale is None else scale)
 
 
-def _meetings(low: Tensor, high: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pattern and block of keys the queries that see some of it, and which keys."""
-    from manyform.ops.kernels import sparse_attention as kernels
-    batch, patterns = low.shape[:2]
-    starts = torch.empty(batch, patterns, keys // BLOCK + 1, dtype=torch.int64)
+def tiled_intervals(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float,
+                    ) -> Tensor:
+    """The form for matrix tiles, for arguments that it takes (see `_tiles`)."""
+    from manyform.ops.kernels.sparse_plan import plan
     first, end = (x.flatten(0, 1).contiguous().numpy() for x in (low, high))
-    flat = starts.flatten(0, 1).numpy()
-    total = kernels.measure(first, end, flat)
-    rows, seen = (torch.empty(total, dtype=torch.int32) for _ in range(2))
-    kernels.meet(first, end, flat, rows.numpy(), seen.numpy())
-    return starts, rows, seen
+    meetings = (*plan(first, end, k.shape[2]), low.shape[1])
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Sparse.apply(q, k, v, meetings, scale)
+    return _forward(q, k, v, meetings, scale)[0]
 
 
-def _packed(x: Tensor, columns: bool, pairs: bool) -> list[Any]:
-    """Keys or values in the order of B tiles, by columns and by pairs of rows, where wanted."""
+def _call(loop: Any, tensors: tuple[Tensor, ...], meetings: tuple[Any, ...], *rest: Any) -> None:
+    """Run a loop of `kernels.sparse_attention` with scratch memory; q, k and v come first."""
     from manyform.ops.kernels import sparse_attention as kernels
     from manyform.ops.kernels.lanes import flat
-    batch, groups, n, d = x.shape
-    parts = [torch.empty(batch * groups, n * d // 2 if wanted else 0, dtype=torch.int32)
-             .numpy().view("u4") for wanted in (columns, pairs)]
-    kernels.pack(flat(x), _strides(x), batch, groups, n, d, *parts)
-    return parts
-
-
-def _scratch(n: int, d: int, gradient: bool) -> list[Any]:
-    from manyform.ops.kernels import sparse_attention as kernels
+    q, k = tensors[:2]
+    (_, heads, n, d), (_, groups, keys, _) = q.shape, k.shape
+    far_starts = meetings[6]
+    gathers = bool((far_starts[:, 0] < far_starts[:, -1]).any())
     workers = threads()
-    floats, words, halves = kernels.scratch(n, d, gradient)
-    return [torch.empty(workers, floats).numpy(),
-            torch.empty(workers, words, dtype=torch.int32).numpy().view("u4"),
-            torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2")]
+    floats, words, halves = kernels.scratch(n, keys, d, gathers, loop is kernels.backward)
+    scratch = (torch.empty(workers, floats).numpy(),
+               torch.empty(workers, words, dtype=torch.int32).numpy().view("u4"),
+               torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2"))
+    placed = [part for x in tensors for part in (flat(x), _strides(x))]
+    loop(*placed, heads, groups, n, keys, d, *meetings, *rest, *scratch)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, seen: Tensor,
-             scale: float) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, meetings: tuple[Any, ...], scale: float,
+             ) -> tuple[Tensor, Tensor]:
     import numpy as np
 
     from manyform.ops.kernels import sparse_attention as kernels
     from manyform.ops.kernels.lanes import flat
     q, k, v = (_readable(x) for x in (q, k, v))
     batch, heads, n, d = q.shape
-    floats, _, halves = _scratch(n, d, False)
     y = torch.empty(batch, n, heads, d, dtype=q.dtype).transpose(1, 2)
-    peaks = torch.empty(batch, heads, n)
-    k_columns, _ = _packed(k, True, False)
-    _, v_pairs = _packed(v, False, True)
-    kernels.forward(flat(q), _strides(q), k_columns, v_pairs, heads, k.shape[1], n, starts.numpy(),
-                    rows.numpy(), seen.numpy(), np.float32(scale * LOG2E), kernels.VEIL, flat(y),
-                    _strides(y), peaks.numpy(), floats, halves)
+    peaks = torch.empty(batch, heads, -(-n // kernels.SIDE) * kernels.SIDE)
+    _call(kernels.forward, (q, k, v), meetings, np.float32(scale * LOG2E), flat(y), _strides(y),
+          peaks.numpy())
     return y, peaks
 
 
@@ -208,11 +195,11 @@ class _Sparse(torch.autograd.Function):
     """Scores are computed again from the kept logarithms of their sums (Dao 2022, algorithm 4)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor,
-                seen: Tensor, scale: float) -> Tensor:
-        y, peaks = _forward(q, k, v, starts, rows, seen, scale)
-        ctx.save_for_backward(q, k, v, y, peaks, starts, rows, seen)
-        ctx.scale = scale
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, meetings: tuple[Any, ...],
+                scale: float) -> Tensor:
+        y, peaks = _forward(q, k, v, meetings, scale)
+        ctx.save_for_backward(q, k, v, y, peaks)
+        ctx.meetings, ctx.scale = meetings, scale
         return y
 
     @staticmethod
@@ -221,20 +208,14 @@ class _Sparse(torch.autograd.Function):
 
         from manyform.ops.kernels import sparse_attention as kernels
         from manyform.ops.kernels.lanes import flat
-        q, k, v, y, peaks, starts, rows, seen = ctx.saved_tensors
+        q, k, v, y, peaks = ctx.saved_tensors
         q, k, v, dy = (_readable(x) for x in (q, k, v, dy.to(q.dtype)))
-        batch, heads, n, d = q.shape
-        groups, keys = k.shape[1], k.shape[2]
+        (batch, heads, n, d), (_, groups, keys, _) = q.shape, k.shape
         dq = torch.empty(batch, n, heads, d, dtype=q.dtype)
         dk, dv = (torch.empty(batch, keys, heads, d, dtype=q.dtype) for _ in range(2))
-        k_columns, k_pairs = _packed(k, True, True)
-        v_columns, _ = _packed(v, True, False)
-        kernels.backward(
-            flat(q), _strides(q), k_columns, k_pairs, v_columns, flat(dy), _strides(dy), flat(y),
-            _strides(y), heads, groups, n, starts.numpy(), rows.numpy(), seen.numpy(),
-            np.float32(ctx.scale * LOG2E), kernels.VEIL, peaks.numpy(), np.float32(ctx.scale),
-            flat(dq), flat(dk), flat(dv), *_scratch(n, d, True))
+        _call(kernels.backward, (q, k, v, dy, y), ctx.meetings, np.float32(ctx.scale * LOG2E),
+              np.float32(ctx.scale), peaks.numpy(), flat(dq), flat(dk), flat(dv))
         if heads > groups:
             dk, dv = (x.view(batch, keys, groups, -1, d).sum(3, dtype=torch.float32).to(x.dtype)
                       for x in (dk, dv))
-        return *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None, None, None
+        return *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None

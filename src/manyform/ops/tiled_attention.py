@@ -20,6 +20,8 @@ from manyform.ops.kernels import threads, usable
 
 MULTIPLE = 32
 LOG2E = math.log2(math.e)
+NARROW = 4
+"""A window this many times shorter than the sequence is left to the loops of sparse attention."""
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, *, prefix: int = 0,

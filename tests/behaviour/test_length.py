@@ -25,7 +25,7 @@ from manyform.training import TrainConfig
 from manyform.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
-SOURCE = "Press 2021 (arXiv:2108.12409), figure 1; Chen 2023 (arXiv:2306.15595)"
+PRESS, CHEN = "Press 2021 (arXiv:2108.12409), figure 1", "Chen 2023 (arXiv:2306.15595)"
 TRAINED, LENGTHS = 64, (64, 128, 256, 512)
 FACTOR = LENGTHS[-1] // TRAINED
 
@@ -88,8 +88,8 @@ def test_alibi_and_interpolation_reach_beyond_the_training_length(record):
                and far["interpolated"] < 0.95 * far["rotary"])
     lengths = f"bits per byte at {' / '.join(map(str, LENGTHS))}, trained at {TRAINED}"
     record(f"{lengths}: ALiBi and rotary positions", claim="ALiBi holds, rotary positions break",
-           source=SOURCE, reproduced=alibi, **{k: found[k] for k in ("alibi", "rotary")})
-    record(f"{lengths}: interpolated rotary positions", source=SOURCE,
+           source=PRESS, reproduced=alibi, **{k: found[k] for k in ("alibi", "rotary")})
+    record(f"{lengths}: interpolated rotary positions", source=CHEN,
            claim="bounded beyond the trained length, and after a little training there far ahead "
                  "of plain rotary positions with the same", reproduced=bounded and
            far["interpolated_tuned"] < 0.95 * far["rotary_tuned"],

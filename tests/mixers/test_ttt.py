@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from manyform import ManyformError
 from manyform.laws import check
 from manyform.mixers.ttt import TestTimeTraining
+from manyform.ops.ttt import _loss_gradient, _LossGradient
 
 
 @pytest.mark.parametrize("options", [dict(n_heads=2), dict(inner="mlp", n_heads=1, head_dim=6,
@@ -84,3 +85,15 @@ def test_sizes_and_refusals():
                     {"head_dim": 3}):
         with pytest.raises(ManyformError):
             TestTimeTraining(16, **options)
+
+
+def test_the_gradient_of_the_loss_gradient():
+    """The hand-written derivative against the formula that autograd differentiates."""
+    torch.manual_seed(0)
+    args = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+            for shape in ((2, 3, 4, 5), (2, 3, 4, 5), (2, 3, 5))]
+    w = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    want, got = _loss_gradient(*args), _LossGradient.apply(*args[:2], args[2][:, :, None])
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(y, args, w) for y in (want, got)), strict=True):
+        torch.testing.assert_close(a, b)

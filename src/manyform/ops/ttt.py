@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyform.ops.fast_weights import GELU, Blocks, Weights, where
@@ -90,28 +92,93 @@ def _(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, norm: Tensor
         rates = (blocks.split(rate.to(wide)) * blocks.valid[..., None]).transpose(2, 3).unbind(1)
         mix = -scale.to(wide)[:, None]
         causal = mix * torch.ones(size, size, dtype=wide, device=q.device).tril()
+        new = blocks.fresh.any(0).tolist() if reset is not None else [False] * blocks.count
+        held: list[_Held] = []
         ys = []
         for n, (q_, k_, v_, step) in enumerate(zip(*parts, rates, strict=True)):
-            if reset is not None:
+            begun = sums if n == 0 and state is not None else None  # a mini-batch under way
+            if new[n]:
                 weights = where(blocks.fresh[:, n], fresh, weights)
-                sums = where(blocks.fresh[:, n], _zeros(sums), sums)
+                if begun is not None:
+                    begun = where(blocks.fresh[:, n], _zeros(sums), begun)
             inputs, results = GELU.run(weights, k_)
-            errors = GELU.gradients(weights, results,
-                                    _loss_gradient(results[-1], v_ - k_, norm))
-            errors = [step[..., None] * e for e in errors]
-            begun = None if n and reset is None else sums  # else no mini-batch is under way
+            last = _LossGradient.apply(results[-1], v_ - k_, norm.to(wide)[:, :, None])
+            errors = [step[..., None] * e for e in GELU.gradients(weights, results, last)]
             read = GELU.read(q_, weights, begun, inputs, errors, None, mix, causal)
             ys.append(q_ + _norm(read, norm))
-            sums = tuple(s + i.mT @ e for s, i, e in zip(sums, inputs, errors, strict=True))
-            if n + 1 < len(rates) and reset is None and state is None:
-                weights = _stepped(weights, sums, mix[-1])
-                sums = _zeros(sums)
-            else:
-                ends = blocks.full[:, n]
-                weights = where(ends, _stepped(weights, sums, mix[-1]), weights)
-                sums = where(ends, _zeros(sums), sums)
+            held.append(_Held(weights, begun, inputs, errors))
+            if n + 1 < len(rates):  # the next one begins there, or with a document
+                weights = tuple(
+                    torch.baddbmm(w.flatten(0, 1), i.flatten(0, 1).mT, (mix[-1] * e).flatten(0, 1)
+                                  ).view(w.shape) for w, i, e in zip(weights, inputs, errors,
+                                                                     strict=True))
+                if begun is not None:
+                    weights = _stepped(weights, begun, mix[-1])
+        weights, sums = _at_the_end(held, blocks, mix[-1])
         y = blocks.join(torch.stack(ys, dim=1).transpose(2, 3))
     return y.to(v.dtype), TTTState(weights, sums, blocks.position)
+
+
+class _Held(NamedTuple):
+    """A mini-batch: the weights before it, sums of an earlier call or None, and its inputs and
+    errors."""
+
+    weights: Weights
+    begun: Weights | None
+    inputs: list[Tensor]
+    errors: list[Tensor]
+
+
+def _at_the_end(held: list[_Held], blocks: Blocks, mix: Tensor) -> tuple[Weights, Weights]:
+    """The weights and the sums after each row's last token."""
+    count = len(held)
+    ends = ([count] * len(blocks.valid) if blocks.plain
+            else blocks.valid.any(-1).sum(1).tolist())
+
+    def of(take: Callable[[_Held], Sequence[Tensor]]) -> list[Tensor]:
+        """A tensor a layer, each row's from its last mini-batch."""
+        if all(n == count for n in ends):
+            return list(take(held[-1]))
+        each = [take(h) for h in held]
+        return [torch.stack([each[n - 1][layer][row] for row, n in enumerate(ends)])
+                for layer in range(len(each[0]))]
+    weights = of(lambda h: h.weights)
+    begun = of(lambda h: _zeros(h.weights) if h.begun is None else h.begun)
+    sums = tuple(s + i.mT @ e for s, i, e in zip(
+        begun, of(lambda h: h.inputs), of(lambda h: h.errors), strict=True))
+    full = blocks.position == 0
+    return (where(full, _stepped(tuple(weights), sums, mix), tuple(weights)),
+            where(full, _zeros(sums), sums))
+
+
+class _LossGradient(torch.autograd.Function):
+    """`_loss_gradient` with its own gradient, in a third of the passes. norm: (2, H, 1, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, target: Tensor, norm: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
+        inverse = (variance + EPS).rsqrt()
+        unit = (z - mean) * inverse
+        error = unit * norm[0] + norm[1] - target
+        grad = error * norm[0]
+        along = (grad * unit).mean(-1, keepdim=True)
+        out = (grad - grad.mean(-1, keepdim=True) - unit * along) * inverse
+        ctx.save_for_backward(unit, inverse, error, along, out, norm)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, w: Tensor) -> Any:
+        unit, inverse, error, along, out, norm = ctx.saved_tensors
+        scale = norm[0]
+        meet = (w * unit).mean(-1, keepdim=True)
+        dgrad = (w - w.mean(-1, keepdim=True) - unit * meet) * inverse
+        scaled = dgrad * scale
+        dunit = scaled * scale - (w * along + error * scale * meet) * inverse
+        turned = (dunit * unit).mean(-1, keepdim=True) + (w * out).mean(-1, keepdim=True)
+        dz = (dunit - dunit.mean(-1, keepdim=True) - unit * turned) * inverse
+        dscale = (dgrad * (error + unit * scale)).sum((0, 2))
+        return dz, -scaled, torch.stack([dscale, scaled.sum((0, 2))])[:, :, None]
 
 
 def _stepped(weights: Weights, sums: Weights, mix: Tensor) -> Weights:

@@ -134,8 +134,9 @@ class Performer(_KernelAttention):
         q, k, v = self._project(x)
         if self.causal:
             top, memory = (None, None) if state is None else state
-            *sums, memory, top = random_sums(q, k, v, self.projection, self.eps, top, memory, reset)
-            return self._average(*sums, TINY), PerformerState(top, memory)
+            y, weights, memory, top = random_sums(q, k, v, self.projection, self.eps, top, memory,
+                                                  reset)
+            return self._average(y, weights, TINY), PerformerState(top, memory)
         log_q, log_k = (random_logarithms(t, self.projection) for t in (q, k))
         half = half_squares(k)
         highest = log_k.detach().amax(-1).to(half.dtype) - half.detach()
@@ -146,7 +147,8 @@ class Performer(_KernelAttention):
                 highest.flip(1), None, _backwards(reset))[0].flip(1))
         phi_q = exp_features(log_q, log_q.detach().amax(-1).to(half.dtype), self.eps)
         phi_k = exp_features(log_k, half + top, self.eps)
-        return self._average(*_both_ways(phi_q, phi_k, v, reset), TINY), None
+        y, weights = _both_ways(phi_q, phi_k, v, reset)
+        return self._average(y, weights, TINY), None
 
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
                       ) -> PerformerState | None:
@@ -197,10 +199,10 @@ class Cosformer(_KernelAttention):
         angle = positions.double() * (math.pi / 2 / self.max_length)
         q, k, v = self._project(x)
         if not self.causal:
-            features = (cosine_features(t, angle) for t in (q, k))
-            return self._average(*_both_ways(*features, v, reset), self.eps), None
-        *sums, after = cosine_sums(q, k, v, angle, memory, reset)
-        return self._average(*sums, self.eps), CosformerState(positions[:, -1] + 1, after)
+            y, weights = _both_ways(cosine_features(q, angle), cosine_features(k, angle), v, reset)
+            return self._average(y, weights, self.eps), None
+        y, weights, after = cosine_sums(q, k, v, angle, memory, reset)
+        return self._average(y, weights, self.eps), CosformerState(positions[:, -1] + 1, after)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str | None = None,
                       ) -> CosformerState | None:

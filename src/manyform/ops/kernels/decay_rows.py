@@ -11,7 +11,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from manyform.ops.kernels.delta_forms import multiply, positive
+from manyform.ops.kernels.delta_forms import fetch, multiply, positive
 from manyform.ops.kernels.lanes import (
     FAST,
     WIDTH,
@@ -54,6 +54,11 @@ def read(q, k, g, reset, strides, dims, scale, kind, maps, row, share, first, st
     _, length, _, key, _, _, groups, _, size, raw, _ = dims
     at_q, at_k, at_g = starts(strides, dims, row, share, first)
     step_q, step_k, step_g = strides[0, 1], strides[1, 1], strides[3, 1]
+    ahead_by = -size if again else size
+    fetch(q, at_q + ahead_by * step_q, step_q, size, raw)
+    fetch(k, at_k + ahead_by * step_k, step_k, size, raw)
+    if kind == CHANNEL:
+        fetch(g, at_g + ahead_by * step_g, step_g, size, key)
     kind_of_map, eps, ahead, _, cos, sin = maps
     if kind_of_map == RANDOM:
         at = (row * groups + share) * length + first

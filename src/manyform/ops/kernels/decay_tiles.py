@@ -29,7 +29,7 @@ import numba
 import numpy as np
 
 from manyform.ops.kernels.decay_rows import CHANNEL, HEAD, LOG2E, NONE, finish, put_rows, read
-from manyform.ops.kernels.delta_forms import fade, halve, halve_pairs, multiply, pair, turn
+from manyform.ops.kernels.delta_forms import fade, fetch, halve, halve_pairs, multiply, pair, turn
 from manyform.ops.kernels.lanes import FAST, WIDTH, get, load, put, splat, store, total
 from manyform.ops.kernels.tiles import SHAPE, configure, exp2, release, store_half, store_pairs
 
@@ -57,9 +57,10 @@ def _decays(g, at, step, reset, row, first, steps, sums, enter, leave):
 
 
 @numba.njit(fastmath=FAST, cache=True)
-def _values(v, strides, row, head, first, steps, width, value, into):
-    """Rows of v, zero from `width` to `value` and after the end."""
+def _values(v, strides, row, head, first, steps, ahead, width, value, into):
+    """Rows of v, zero from `width` to `value` and after the end; those `ahead` come next."""
     at, step = row * strides[0] + first * strides[1] + head * strides[2], strides[1]
+    fetch(v, at + ahead * step, step, abs(ahead), width)
     full = width // WIDTH * WIDTH
     for t in range(steps):
         for j in range(0, full, WIDTH):
@@ -156,11 +157,14 @@ def forward(q, k, v, g, reset, strides, dims, scale, kind, maps, shifts, top, st
         s_pairs, p = p[:key * value // 2], p[key * value // 2:]
         v_pairs, p = p[:half * value], p[half * value:]
         left_pairs = p[:half * value]
-        for task in range(w * tasks // workers, (w + 1) * tasks // workers):
-            row, share = task // shares, task % shares
-            for n in range(chunks):
-                first = n * size
-                steps = min(size, length - first)
+        begin_task, end_task = w * tasks // workers, (w + 1) * tasks // workers
+        # all heads of a chunk in turn, since their rows are neighbours
+        for place in range(begin_task // shares * chunks, -(-end_task // shares) * chunks):
+            row, n = place // chunks, place % chunks
+            first = n * size
+            steps = min(size, length - first)
+            for share in range(max(begin_task - row * shares, 0),
+                               min(end_task - row * shares, shares)):
                 read(q, k, g, reset, strides, dims, scale, kind, maps, row, share, first, steps,
                      False, top, shifts, q_, k_, totals, keep, raws, sums)
                 turn(k_.ctypes.data, k_turned.ctypes.data, size, key // 2)
@@ -185,7 +189,7 @@ def forward(q, k, v, g, reset, strides, dims, scale, kind, maps, shifts, top, st
                         _normalise(q_, k_, norm[line], own, enter, leave, kept, kind == HEAD, size,
                                    key, steps, weights, (row * length + first) * heads + head,
                                    heads)
-                    _values(v, strides[2], row, head, first, steps, width, value, v_)
+                    _values(v, strides[2], row, head, first, steps, size, width, value, v_)
                     pair(v_.ctypes.data, v_pairs.ctypes.data, size, value)
                     added = v_pairs
                     if kind == HEAD:
@@ -394,12 +398,13 @@ def backward(q, k, v, g, reset, strides, dims, scale, kind, maps, shifts, top, d
         dz_pairs, p = p[:half * size], p[half * size:]
         dz_rows = p[:half * size]
         seen[:] = 0
-        for task in range(w * tasks // workers, (w + 1) * tasks // workers):
-            row, share = task // shares, task % shares
-            for back in range(chunks):
-                n = chunks - 1 - back
-                first = n * size
-                steps = min(size, length - first)
+        begin_task, end_task = w * tasks // workers, (w + 1) * tasks // workers
+        for place in range(begin_task // shares * chunks, -(-end_task // shares) * chunks):
+            row, n = place // chunks, chunks - 1 - place % chunks
+            first = n * size
+            steps = min(size, length - first)
+            for share in range(max(begin_task - row * shares, 0),
+                               min(end_task - row * shares, shares)):
                 read(q, k, g, reset, strides, dims, scale, kind, maps, row, share, first, steps,
                      True, top, shifts, q_, k_, totals, keep, raws, sums)
                 turn(q_.ctypes.data, q_turned.ctypes.data, size, key // 2)
@@ -414,6 +419,8 @@ def backward(q, k, v, g, reset, strides, dims, scale, kind, maps, shifts, top, d
                     line = row * heads + head
                     base = (row * length + first) * heads + head
                     s, ds = states[line, n], dstate[line]
+                    if n > 0:
+                        fetch(states[line, n - 1], 0, value, key, value)
                     kept = np.float32(1)
                     if kind == HEAD:
                         kept = _decays(g, row * strides[3, 0] + first * strides[3, 1]
@@ -421,8 +428,8 @@ def backward(q, k, v, g, reset, strides, dims, scale, kind, maps, shifts, top, d
                                        steps, sums, enter, leave)
                     if kind == HEAD or begin:
                         _steps_of_pairs(scores, sums, kind == HEAD, size, factors, masked)
-                    _values(v, strides[2], row, head, first, steps, width, value, v_)
-                    _values(dy, strides[4], row, head, first, steps, width, value, dy_)
+                    _values(v, strides[2], row, head, first, steps, -size, width, value, v_)
+                    _values(dy, strides[4], row, head, first, steps, -size, width, value, dy_)
                     if norms.size > 0:
                         for t in range(size):
                             seen[t] = dweights[base + t * heads] if t < steps else np.float32(0)

@@ -13,6 +13,7 @@ from typing import Any
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from manyform.ops.kernels.lanes import FAST, WIDTH, lanes, load, splat, store
@@ -87,6 +88,29 @@ def positive(typing: Any, value: Any, x: Any) -> Any:
         zero = ir.Constant(args[0].type, [0.0] * WIDTH)
         return builder.select(builder.fcmp_ordered(">", args[1], zero), args[0], zero)
     return lanes(lanes, lanes), code
+
+
+@intrinsic
+def _fetch(typing: Any, array: Any, index: Any) -> Any:
+    """Bring a line of memory near; an address outside the array does no harm."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        at = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [at.type, _I32, _I32, _I32])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(call, [at, _I32(0), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+    return types.void(array, types.intp), code
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def fetch(x, at, step, rows, width):
+    """Bring rows of x near that will be read soon: they lie too far apart for the processor to
+    guess."""
+    line = 64 // x.itemsize
+    for t in range(rows):
+        for j in range(0, width, line):
+            _fetch(x, at + t * step + j)
 
 
 @numba.njit(fastmath=FAST, cache=True)

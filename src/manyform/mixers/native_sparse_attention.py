@@ -17,6 +17,7 @@ from manyform.mixers.sparse_attention import where
 from manyform.ops.append import append
 from manyform.ops.attention import attention, visible_pairs
 from manyform.ops.block_choice import block_choice
+from manyform.ops.gated_sum import gated_sum
 from manyform.ops.sparse_attention import sparse_attention
 from manyform.positions import RotaryTable
 
@@ -126,8 +127,7 @@ class NativeSparseAttention(SequenceMixer):
         new = (k, v, near_k, near_v, parts[1].transpose(1, 2), raw_v)
         k, v, near_k, near_v, raw_k, raw_v = (
             append(old.to(t.dtype), t, 2) for old, t in zip(held[:6], new, strict=True))
-        gate = torch.sigmoid(self.gate(x).to(self._wide())).view(batch, length, 3, heads, 1)
-        gate = gate.permute(2, 0, 3, 1, 4).to(v.dtype)
+        gates = torch.sigmoid(self.gate(x).to(self._wide())).view(batch, length, 3, heads)
 
         old = held.raw_keys.shape[2]
         raw = where(_document_starts(state, old, length, reset), length, old + length, True,
@@ -143,26 +143,25 @@ class NativeSparseAttention(SequenceMixer):
             (held.compressed_keys, new_k), (held.compressed_values, new_v)))
         count = done.before
         first = held.compressed_keys.shape[2] + done.ended - count
-        y = gate[0] * sparse_attention(q, few_k, few_v, first[:, None, :, None],
-                                       (first + count)[:, None, :, None])
+        far = sparse_attention(q, few_k, few_v, first[:, None, :, None],
+                               (first + count)[:, None, :, None])
 
         chosen = block_choice(q, few_k, first, count, own, size=self.size, stride=self.stride,
                               block=self.block, number=self.number)
         low = here.start[:, None, :, None] + chosen * self.block
         high = torch.minimum(low + self.block, (here.at + 1)[:, None, :, None])
-        y = y + gate[1] * sparse_attention(q, k, v, low.clamp(min=0),
-                                           torch.where(chosen < 0, 0, high))
-        y = y + gate[2] * attention(
+        best = sparse_attention(q, k, v, low.clamp(min=0), torch.where(chosen < 0, 0, high))
+        near = attention(
             q, near_k, near_v, _document_starts(state, held.near_keys.shape[2], length, reset),
             window=self.window)
-        y = self.out(y.transpose(1, 2).reshape(batch, length, heads * d))
+        y = self.out(gated_sum(gates, far, best, near).view(batch, length, heads * d))
 
         lengths = (own[:, -1] + 1).expand(batch)
         longest = int(lengths.max()) if reset is not None else k.shape[2]
-        near = min(near_k.shape[2], longest, self.window - 1)
+        reach = min(near_k.shape[2], longest, self.window - 1)
         rest = int((lengths - count[:, -1] * self.stride).max())
         return y, NativeSparseState(
-            kept(k, longest), kept(v, longest), kept(near_k, near), kept(near_v, near),
+            kept(k, longest), kept(v, longest), kept(near_k, reach), kept(near_v, reach),
             kept(raw_k, rest), kept(raw_v, rest),
             carried(held.compressed_keys, new_k, done, reset),
             carried(held.compressed_values, new_v, done, reset), lengths)

@@ -56,6 +56,27 @@ def _clear_line(typing: Any, target: Any) -> Any:
     return types.void(types.intp), code
 
 
+@intrinsic
+def _fetch_line(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, without waiting for it."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = ir.IntType(32)
+        at = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [at.type, number, number, number])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [at.type], kind)
+        builder.call(fetch, [at, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+    return types.void(types.intp), code
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def fetch(source, row, places, count, size):
+    """Ask for `count` rows of `size` bytes at the given places before they are read."""
+    for i in range(count):
+        for j in range(0, size, 64):
+            _fetch_line(source + places[i] * row + j)
+
+
 @numba.njit(fastmath=FAST, cache=True)
 def columns(source, row, n, d, target):
     for i in range(0, n, WIDTH):

@@ -35,7 +35,7 @@ from manyform.ops.kernels.lanes import (
     total,
     turn,
 )
-from manyform.ops.kernels.packing import columns, gathered, pairs, rows, turned
+from manyform.ops.kernels.packing import columns, fetch, gathered, pairs, rows, turned
 from manyform.ops.kernels.sparse_plan import KEYS, SIDE
 from manyform.ops.kernels.tiles import (
     SHAPE,
@@ -148,6 +148,9 @@ def _meet_far(q_at, q_row, k_at, v_at, d, block_starts, far, far_rows, far_low, 
         m, first, n = far[e, 0], far[e, 1], far[e, 2] - far[e, 1]
         gathered(q_at, q_row, far_rows[e], m, SIDE, d, halves.ctypes.data)
         columns(halves.ctypes.data, 2 * d, SIDE, d, q_columns.ctypes.data)
+        if e + 1 < block_starts[-1]:
+            fetch(q_at, q_row, far_rows[e + 1], far[e + 1, 0], 2 * d)
+        fetch(found.ctypes.data, 4 * d, far_rows[e], m, 4 * d)
         _multiply_rows(scores.ctypes.data, k_at + 2 * first * d, 2 * d, q_columns.ctypes.data, d, n)
         if far[e, 3]:
             _hide(scores, 0, n, far_low[e], far_high[e])
@@ -465,6 +468,10 @@ def backward(q, q_strides, k, k_strides, v, v_strides, dy, dy_strides, y, y_stri
                                     far_columns.ctypes.data + side * few * 4)
                             pairs(queries.ctypes.data, 2 * d, SIDE, d, far_pairs.ctypes.data
                                   + (side * MEETINGS + slot // SIDE) * few * 4)
+                        if e + 1 < stop:
+                            fetch(from_q, q_row, far_rows[e + 1], far[e + 1, 0], 2 * d)
+                            fetch(from_dy, dy_row, far_rows[e + 1], far[e + 1, 0], 2 * d)
+                        fetch(dq_far.ctypes.data, 4 * d, far_rows[e], far[e, 0], 4 * d)
                         for r in range(SIDE):
                             i = far_rows[e, min(r, far[e, 0] - 1)]
                             far_peaks[r], far_dots[r] = peaks[b, h, i], dots[i]

@@ -139,7 +139,7 @@ def test_visible_pairs(length):
 TILED = [dict(length=32), dict(length=33, groups=1), dict(length=300), dict(length=70, d=44),
          dict(length=290, groups=1, d=64),
          dict(length=160, d=128, alibi=True), dict(length=200, window=1),
-         dict(length=300, window=70),
+         dict(length=300, window=70), dict(length=130, documents=True, window=9, groups=1),
          dict(length=200, documents=True), dict(length=200, documents=True, window=9, alibi=True),
          dict(length=700, d=64, window=600, batch=1), dict(length=64, window=100, sinks=0)]
 

@@ -46,6 +46,11 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None
     n, wide = (-(-size // MULTIPLE) * MULTIPLE for size in (length, d))
     first = _first_visible(start, q.shape[0], length, n, window)
     scale = 1 / math.sqrt(d) if scale is None else scale
+    if window is not None and slopes is None and wide == d and NARROW * window <= length:
+        from manyform.ops.sparse_attention import tiled_intervals
+        low = first[:, None, :length, None]
+        high = torch.arange(1, length + 1)[:, None].expand_as(low)
+        return tiled_intervals(q, k, v, low, high, scale)
     if n > length or wide > d:  # queries after the end see only what they must, without gradient
         q, k, v = (F.pad(x, (0, wide - d, 0, n - length)) for x in (q, k, v))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

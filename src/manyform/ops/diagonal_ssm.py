@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyform.errors import ManyformError
-from manyform.ops.kernels import single, threads, usable
+from manyform.ops.kernels import dense, single, threads, usable
 from manyform.ops.operation import operation
 
 CHUNK = 64
@@ -251,7 +251,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kinds: Tensor, skip: Tensor | None, state: Tensor,
                 reset: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import state_space as kernel
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = dense(x)
         threads()
         y, after, starts = kernel.scan(x, kinds, skip, state, reset, training=training)
         if training:
@@ -265,5 +265,5 @@ class _Recurrence(torch.autograd.Function):
         x, kinds, skip, reset, starts = ctx.saved_tensors
         threads()
         dx, dkinds, dskip, dstate = kernel.scan_gradient(
-            x, kinds, skip, reset, starts, dy if dy.stride(-1) == 1 else dy.contiguous(), dafter)
+            x, kinds, skip, reset, starts, dense(dy), dafter)
         return dx, dkinds, None if skip is None else dskip, dstate, None, None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from manyform.errors import ManyformError
-from manyform.ops.kernels import single, threads, usable
+from manyform.ops.kernels import dense, single, threads, usable
 from manyform.ops.linear_scan import linear_scan
 from manyform.ops.operation import operation
 
@@ -59,7 +59,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, keep: Tensor, value: Tensor, h: Tensor, reset: Tensor | None,
                 ) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import linear_scan as kernel
-        keep, value = _rows(keep), _rows(value)
+        keep, value = dense(keep), dense(value)
         y, after = kernel.gated_scan(keep, value, h, reset, threads())
         ctx.save_for_backward(keep, value, y, h, reset)
         return y, after
@@ -69,13 +69,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         from manyform.ops.kernels import linear_scan as kernel
         keep, value, y, h, reset = ctx.saved_tensors
-        return (*kernel.gated_gradient(keep, value, y, h, reset, _rows(dy), dlast, threads()),
+        return (*kernel.gated_gradient(keep, value, y, h, reset, dense(dy), dlast, threads()),
                 None)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is dense, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check(keep: Tensor, value: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from manyform.ops.kernels import single, threads, usable
+from manyform.ops.kernels import even_rows, single, threads, usable
 from manyform.ops.operation import operation
 
 
@@ -43,21 +43,15 @@ def _(h: Tensor, weight: Tensor, gate: Tensor, eps: float, skip: Tensor | None =
     return _HeadNorm.apply(h, weight, gate, eps, skip, u)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x itself where its rows lie at one distance, else a copy."""
-    even = x.stride(-1) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if even else x.contiguous()
-
-
 class _HeadNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, gate: Tensor, eps: float,
                 skip: Tensor | None, u: Tensor | None) -> Tensor:
         from manyform.ops.kernels import head_norm as kernel
         from manyform.ops.kernels.lanes import flat
-        h, gate = h.contiguous(), _rows(gate)
+        h, gate = h.contiguous(), even_rows(gate)
         skips = skip is not None
-        side, shares = (gate, weight[:0]) if skip is None or u is None else (_rows(u), skip)
+        side, shares = (gate, weight[:0]) if skip is None or u is None else (even_rows(u), skip)
         out = torch.empty(gate.shape, dtype=gate.dtype)
         statistics = torch.empty(2 * h.numel() // h.shape[-1])
         threads()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from manyform.ops.kernels import single, threads, usable
+from manyform.ops.kernels import even_rows, single, threads, usable
 from manyform.ops.operation import operation
 
 LIMIT = 40.0
@@ -36,18 +36,12 @@ def _numba(o: Tensor, f: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return _Gates.apply(o, f, bound.float())
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Rows one after the other in memory, at equal distances."""
-    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even else x.contiguous()
-
-
 class _Gates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o: Tensor, f: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from manyform.ops.kernels import hgrn2 as kernel
         from manyform.ops.kernels.lanes import flat
-        o, f, bound = _rows(o), _rows(f), bound.contiguous()
+        o, f, bound = even_rows(o), even_rows(f), bound.contiguous()
         q, k = (torch.empty(o.shape, dtype=o.dtype) for _ in range(2))
         log_a = torch.empty(o.shape)
         threads()

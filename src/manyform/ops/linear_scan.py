@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from manyform.errors import ManyformError
-from manyform.ops.kernels import single, threads, usable
+from manyform.ops.kernels import dense, single, threads, usable
 from manyform.ops.operation import operation
 
 
@@ -104,7 +104,7 @@ def _compiled(a: Tensor, b: Tensor, state: Tensor | None = None, reset: Tensor |
 def _compiled_complex(a: Tensor, b: Tensor, state: Tensor | None = None,
                       reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As for real decays; a lies on sixteen channels for the whole sequence."""
-    return _ComplexScan.apply(a.to(torch.float32), b, _start_complex(a, b, state), reset)
+    return _Scan.apply(a.to(torch.float32), b, _start_complex(a, b, state), reset, True)
 
 
 @linear_scan.path("step", when=lambda a, b, state=None, reset=None: b.shape[1] == 1)
@@ -154,13 +154,17 @@ def _prefix(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
+    """constant: a is complex and the same at every step."""
+
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None,
-                ) -> tuple[Tensor, Tensor]:
+                constant: bool = False) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import linear_scan as kernel
-        a, b = _rows(a), _rows(b)
-        y, after = kernel.scan(a, b, h, reset, threads())
+        a, b = dense(a), dense(b)
+        run = kernel.complex_scan if constant else kernel.scan
+        y, after = run(a, b, h, reset, threads())
         ctx.save_for_backward(a, y, h, reset)
+        ctx.constant = constant
         return y, after
 
     @staticmethod
@@ -168,30 +172,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         from manyform.ops.kernels import linear_scan as kernel
         a, y, h, reset = ctx.saved_tensors
-        return (*kernel.scan_gradient(a, y, h, reset, _rows(dy), dlast, threads()), None)
-
-
-class _ComplexScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None,
-                ) -> tuple[Tensor, Tensor]:
-        from manyform.ops.kernels import linear_scan as kernel
-        a, b = a.contiguous(), _rows(b)
-        y, after = kernel.complex_scan(a, b, h, reset, threads())
-        ctx.save_for_backward(a, y, h, reset)
-        return y, after
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        from manyform.ops.kernels import linear_scan as kernel
-        a, y, h, reset = ctx.saved_tensors
-        return (*kernel.complex_gradient(a, y, h, reset, _rows(dy), dlast, threads()), None)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is dense, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+        run = kernel.complex_gradient if ctx.constant else kernel.scan_gradient
+        return (*run(a, y, h, reset, dense(dy), dlast, threads()), None, None)
 
 
 def _complex(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from manyform.ops.kernels import single, threads, usable
+from manyform.ops.kernels import even_rows, single, threads, usable
 from manyform.ops.operation import operation
 
 
@@ -46,18 +46,12 @@ def _positive(x: Tensor) -> Tensor:
     return _Positive.apply(x)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Rows one after the other in memory, at equal distances."""
-    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even else x.contiguous()
-
-
 class _Relative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Tensor, i: Tensor) -> Tensor:
         from manyform.ops.kernels import minimal_gates as kernel
         from manyform.ops.kernels.lanes import flat
-        f, i = _rows(f), _rows(i)
+        f, i = even_rows(f), even_rows(i)
         out = torch.empty(f.shape, dtype=f.dtype)
         threads()
         kernel.relative(flat(f), f.stride(1), flat(i), i.stride(1), f.shape[2], flat(out))
@@ -82,7 +76,7 @@ class _Positive(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         from manyform.ops.kernels import minimal_gates as kernel
         from manyform.ops.kernels.lanes import flat
-        x = _rows(x)
+        x = even_rows(x)
         out = torch.empty(x.shape, dtype=x.dtype)
         threads()
         kernel.positive(flat(x), x.stride(1), x.shape[2], flat(out))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from manyform.errors import ManyformError
-from manyform.ops.kernels import single, threads, usable
+from manyform.ops.kernels import dense, single, threads, usable
 from manyform.ops.operation import operation
 
 CHUNK = 64
@@ -129,8 +129,8 @@ class _Scan(torch.autograd.Function):
                 A: Tensor, D: Tensor | None, dt_bias: Tensor | None, h: Tensor,
                 reset: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import selective_scan as kernel
-        x, dt, B, C = _rows(x), _rows(dt), _rows(B), _rows(C)
-        gate = None if gate is None else _rows(gate)
+        x, dt, B, C = dense(x), dense(dt), dense(B), dense(C)
+        gate = None if gate is None else dense(gate)
         y, after, starts = kernel.scan(x, dt, B, C, gate, A, D, dt_bias, h, reset,
                                        training=training, threads=threads())
         if training:
@@ -142,15 +142,10 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         from manyform.ops.kernels import selective_scan as kernel
         *inputs, reset, starts = ctx.saved_tensors
-        *grads, dh = kernel.scan_gradient(*inputs, reset, starts, _rows(dy), dstate,  # type: ignore[call-arg,misc]
+        *grads, dh = kernel.scan_gradient(*inputs, reset, starts, dense(dy), dstate,  # type: ignore[call-arg,misc]
                                           threads=threads())
         cast = [None if t is None else g.to(t.dtype) for t, g in zip(inputs, grads, strict=True)]
         return (*cast, dh, None, None)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is dense, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _steps(dt: Tensor, dt_bias: Tensor | None, wide: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyform.errors import ManyformError, unknown
-from manyform.ops.kernels import single, threads, usable
+from manyform.ops.kernels import dense, single, threads, usable
 from manyform.ops.operation import operation
 
 ACTIVATIONS = (None, "silu")
@@ -102,7 +102,7 @@ class _Conv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
                 reach: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import short_conv as kernel
-        x, state = _rows(x), state.contiguous()
+        x, state = dense(x), state.contiguous()
         y = kernel.conv(x, weight, bias, state, reach, silu=silu, threads=threads())
         ctx.save_for_backward(x, weight, bias, state, reach)
         ctx.silu = silu
@@ -117,7 +117,7 @@ class _Conv(torch.autograd.Function):
         from manyform.ops.kernels import short_conv as kernel
         x, weight, bias, state, reach = ctx.saved_tensors
         dx, dweight, dbias, dstate = kernel.conv_gradient(
-            x, weight, bias, state, reach, _rows(dy), silu=ctx.silu, threads=threads())
+            x, weight, bias, state, reach, dense(dy), silu=ctx.silu, threads=threads())
         kept, length = state.shape[1], x.shape[1]
         if reach is not None:
             dafter = dafter * _visible(reach, kept)
@@ -127,11 +127,6 @@ class _Conv(torch.autograd.Function):
             dstate[:, recent:] += dafter[:, :kept - recent]
         return (dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype),
                 dstate, None, None)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is dense, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _visible(age: Tensor, kept: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from manyform.ops.kernels import threads, usable
+from manyform.ops.kernels import dense, threads, usable
 
 SIZE = 64
 LONG, WIDE_KEYS = 128, 128
@@ -96,10 +96,6 @@ def _kept(g: Tensor | None, v: Tensor, reset: Tensor | None) -> Tensor | None:
     return g
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _parts(tasks: int, heads: int) -> int:
     """Into how many parts the heads of a group are cut, so that every thread has work."""
     return min((n for n in range(1, heads + 1) if heads % n == 0 and tasks * n >= threads()),
@@ -175,8 +171,8 @@ class _TiledDecay(torch.autograd.Function):
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         from manyform.ops.kernels import decay_tiles
         from manyform.ops.kernels.lanes import flat
-        q, k, v = (_dense(x) for x in (q, k, v))
-        g = _dense(g) if g is not None and g.ndim == 4 else g
+        q, k, v = (dense(x) for x in (q, k, v))
+        g = dense(g) if g is not None and g.ndim == 4 else g
         batch, length, heads, width = v.shape
         plan = _plan(k, v, g, scale, features, ctx.needs_input_grad[3])
         shifts, top = torch.empty(2, 0), torch.empty(0)
@@ -209,7 +205,7 @@ class _TiledDecay(torch.autograd.Function):
         from manyform.ops.kernels.lanes import flat
         q, k, v, g, reset, states, norms, shifts = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        dy = _dense(dy.to(v.dtype))
+        dy = dense(dy.to(v.dtype))
         width = v.shape[-1]
         value = _padded_width(width)
         before, norm = _padded(dstate, value), dlast.clone(memory_format=torch.contiguous_format)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from manyform.ops.kernels import threads, usable
+from manyform.ops.kernels import dense, threads, usable
 from manyform.ops.tiled_decay import weak
 
 SIZE = 64
@@ -37,10 +37,6 @@ def tiled_delta(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None,
     (B, H, K, V) float32. Decays of a channel: see `tiled_decay.LIMIT`.
     """
     return _TiledDelta.apply(q, k, v, a, b, log_decay, state, reset, scale)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, g: Tensor,
@@ -73,10 +69,10 @@ class _TiledDelta(torch.autograd.Function):
                 ) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import delta_tiles
         from manyform.ops.kernels.lanes import flat
-        q, k, v, a = (_dense(x) for x in (q, k, v, a))
-        b = None if b is None else _dense(b)
+        q, k, v, a = (dense(x) for x in (q, k, v, a))
+        b = None if b is None else dense(b)
         g = state.new_zeros(1).expand(v.shape[:3]) if log_decay is None else log_decay
-        g = _dense(g) if g.ndim == 4 else g
+        g = dense(g) if g.ndim == 4 else g
         batch, length, heads, value = v.shape
         key, chunks, tasks = k.shape[-1], -(-length // SIZE), batch * heads
         after = state.clone(memory_format=torch.contiguous_format)
@@ -97,7 +93,7 @@ class _TiledDelta(torch.autograd.Function):
         from manyform.ops.kernels import delta_tiles
         from manyform.ops.kernels.lanes import flat
         q, k, v, a, b, g, reset, *kept = ctx.saved_tensors
-        dy = _dense(dy.to(v.dtype))
+        dy = dense(dy.to(v.dtype))
         dbefore = dstate.float().clone(memory_format=torch.contiguous_format)
         dq, dk, da, db = (torch.empty(k.shape, dtype=k.dtype) for _ in range(4))
         dv, dg = torch.empty(v.shape, dtype=v.dtype), torch.empty(g.shape)

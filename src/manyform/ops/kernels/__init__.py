@@ -53,6 +53,17 @@ def single(*tensors: Tensor | None) -> bool:
                or not t.is_floating_point() for t in tensors)
 
 
+def dense(x: Tensor) -> Tensor:
+    """x itself where its last dimension is dense, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def even_rows(x: Tensor) -> Tensor:
+    """x (B, T, D) itself where all its rows are dense and lie at one distance, else a copy."""
+    even = x.stride(-1) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if even else x.contiguous()
+
+
 def threads() -> int:
     """Give numba as many threads as torch uses, and say how many; call it before each loop."""
     import numba

@@ -31,6 +31,22 @@ def _scores(q, q_at, k, k_at, step, d, low, high, scale, slope, distance, scores
 
 
 @numba.njit(fastmath=FAST, cache=True)
+def _weights(scores, n):
+    """exp2(score - the largest) in place of the first n scores, behind which is room for sixteen
+    more; returns their sum."""
+    scores[n:n + WIDTH] = -np.inf
+    peak = load(scores, 0)
+    for j in range(0, n, WIDTH):
+        peak = maximum(load(scores, j), peak)
+    shift, summed = splat(largest(peak)), splat(np.float32(0))
+    for j in range(0, n, WIDTH):
+        p = exp2(load(scores, j) - shift)
+        summed = summed + p
+        store(scores, j, p)
+    return total(summed)
+
+
+@numba.njit(fastmath=FAST, cache=True)
 def _add(v, v_at, step, d, low, high, scores, n, out):
     for j in range(low, high):
         weight = splat(scores[n])
@@ -59,20 +75,11 @@ def _attend(q, q_strides, k, k_strides, v, v_strides, start, batch, heads, group
             n = _scores(q, b * q_strides[0] + h * q_strides[1], k,
                         b * k_strides[0] + g * k_strides[1], k_strides[2], d, lows[part],
                         highs[part], scale, slopes[h], far[part], scores, n)
-        scores[n:n + WIDTH] = -np.inf
-        peak = load(scores, 0)
-        for j in range(0, n, WIDTH):
-            peak = maximum(load(scores, j), peak)
-        shift, summed = splat(largest(peak)), splat(np.float32(0))
-        for j in range(0, n, WIDTH):
-            p = exp2(load(scores, j) - shift)
-            summed = summed + p
-            store(scores, j, p)
+        inverse = splat(np.float32(1) / _weights(scores, n))
         n = 0
         for part in range(3):
             n = _add(v, b * v_strides[0] + g * v_strides[1], v_strides[2], d, lows[part],
                      highs[part], scores, n, out)
-        inverse = splat(np.float32(1) / total(summed))
         for c in range(0, d, WIDTH):
             store(y, bh * d + c, load(out, c) * inverse)
 

@@ -5,19 +5,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from manyform.ops.kernels.attention_step import _add, _scores
+from manyform.ops.kernels.attention_step import _add, _scores, _weights
 from manyform.ops.kernels.decode import SUMS, normalise, product
-from manyform.ops.kernels.lanes import (
-    FAST,
-    WIDTH,
-    exp2,
-    largest,
-    load,
-    maximum,
-    splat,
-    store,
-    total,
-)
+from manyform.ops.kernels.lanes import FAST, WIDTH
 
 SHARED = 1 << 17
 """Elements of keys that all heads read from which they are shared out among the threads."""
@@ -60,19 +50,10 @@ def _head(h, q, keys, values, first_keys, first_values, per_group, length, end, 
     n = _scores(q, h * room, first_keys.reshape(-1), first_at, room, room, 0, slots, scale, slope,
                 length, scores, 0)
     n = _scores(q, h * room, k, at, room, room, low, high, scale, slope, length - near, scores, n)
-    scores[n:n + WIDTH] = -np.inf
-    peak = load(scores, 0)
-    for j in range(0, n, WIDTH):
-        peak = maximum(load(scores, j), peak)
-    shift, summed = splat(largest(peak)), splat(np.float32(0))
-    for j in range(0, n, WIDTH):
-        p = exp2(load(scores, j) - shift)
-        summed = summed + p
-        store(scores, j, p)
+    inverse = np.float32(1) / _weights(scores, n)
     out = np.zeros(room, np.float32)
     n = _add(first_values.reshape(-1), first_at, room, room, 0, slots, scores, 0, out)
     _add(v, at, room, room, low, high, scores, n, out)
-    inverse = np.float32(1) / total(summed)
     for j in range(d):
         y[h * d + j] = out[j] * inverse
 

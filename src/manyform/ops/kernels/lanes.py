@@ -8,6 +8,7 @@ bfloat16 tensors are seen as uint16 arrays; values are float32 as soon as they a
 
 from __future__ import annotations
 
+import math
 import operator
 
 import numba
@@ -343,3 +344,17 @@ def flat(x: Tensor):
         span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
         line = x.as_strided((span,) if x.numel() else (0,), (1,))
     return (line.view(torch.uint16) if x.dtype == torch.bfloat16 else line).numpy()
+
+
+def marks(reset: Tensor | None) -> np.ndarray:
+    """Where documents begin, as loops read it: (B, T) uint8, without elements where there is no
+    `reset`."""
+    if reset is None:
+        return np.zeros((0, 0), np.uint8)
+    return reset.contiguous().view(torch.uint8).numpy()
+
+
+def shares(rows: int, vectors: int, threads: int) -> int:
+    """Into how many groups the vectors of a row are cut, so that rows times groups share out evenly
+    over the threads."""
+    return min(threads // math.gcd(rows, threads), vectors)

@@ -7,14 +7,19 @@ reads h_{t-1} from the outputs, so nothing is kept beside them.
 
 from __future__ import annotations
 
-import math
-
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from manyform.ops.kernels.lanes import FAST, WIDTH, flat, load, sigmoid, splat, store
+from manyform.ops.kernels.lanes import FAST, WIDTH, flat, load, marks, shares, sigmoid, splat, store
+
+
+@numba.njit(inline="always")
+def _stretch(task, groups, vectors):
+    """The row of a task, and where its group of channels begins and ends."""
+    row, group = task // groups, task % groups
+    return row, vectors * group // groups * WIDTH, vectors * (group + 1) // groups * WIDTH
 
 
 @numba.njit(fastmath=FAST, parallel=True, cache=True)
@@ -24,8 +29,7 @@ def forward(a, sa, b, sb, reset, states, y, shape, groups):
     batch, length, width = shape
     vectors = width // WIDTH
     for task in numba.prange(batch * groups):
-        row, group = task // groups, task % groups
-        low, high = vectors * group // groups * WIDTH, vectors * (group + 1) // groups * WIDTH
+        row, low, high = _stretch(task, groups, vectors)
         for t in range(length):
             cut = reset.shape[0] > 0 and reset[row, t] != 0
             at_a, at_b, at_y = row * sa[0] + t * sa[1], row * sb[0] + t * sb[1], row * length + t
@@ -44,8 +48,7 @@ def backward(a, sa, y, first, reset, dy, sdy, dstates, da, db, shape, groups):
     batch, length, width = shape
     vectors, zero = width // WIDTH, splat(np.float32(0))
     for task in numba.prange(batch * groups):
-        row, group = task // groups, task % groups
-        low, high = vectors * group // groups * WIDTH, vectors * (group + 1) // groups * WIDTH
+        row, low, high = _stretch(task, groups, vectors)
         for t in range(length - 1, -1, -1):
             cut = reset.shape[0] > 0 and reset[row, t] != 0
             at_a, at_dy = row * sa[0] + t * sa[1], row * sdy[0] + t * sdy[1]
@@ -71,8 +74,7 @@ def forward_gated(keep, sk, value, sv, reset, states, y, shape, groups):
     batch, length, width = shape
     vectors, one = width // WIDTH, splat(np.float32(1))
     for task in numba.prange(batch * groups):
-        row, group = task // groups, task % groups
-        low, high = vectors * group // groups * WIDTH, vectors * (group + 1) // groups * WIDTH
+        row, low, high = _stretch(task, groups, vectors)
         for t in range(length):
             cut = reset.shape[0] > 0 and reset[row, t] != 0
             at_k, at_v, at_y = row * sk[0] + t * sk[1], row * sv[0] + t * sv[1], row * length + t
@@ -92,8 +94,7 @@ def backward_gated(keep, sk, value, sv, y, first, reset, dy, sdy, dstates, dkeep
     batch, length, width = shape
     vectors, zero, one = width // WIDTH, splat(np.float32(0)), splat(np.float32(1))
     for task in numba.prange(batch * groups):
-        row, group = task // groups, task % groups
-        low, high = vectors * group // groups * WIDTH, vectors * (group + 1) // groups * WIDTH
+        row, low, high = _stretch(task, groups, vectors)
         for t in range(length - 1, -1, -1):
             cut = reset.shape[0] > 0 and reset[row, t] != 0
             at_k, at_v = row * sk[0] + t * sk[1], row * sv[0] + t * sv[1]
@@ -120,8 +121,7 @@ def forward_complex(a, b, sb, reset, states, y, shape, groups):
     half = width // 2
     vectors = half // WIDTH
     for task in numba.prange(batch * groups):
-        row, group = task // groups, task % groups
-        low, high = vectors * group // groups * WIDTH, vectors * (group + 1) // groups * WIDTH
+        row, low, high = _stretch(task, groups, vectors)
         for t in range(length):
             cut = reset.shape[0] > 0 and reset[row, t] != 0
             at_b, at_y, at_h = row * sb[0] + t * sb[1], (row * length + t) * width, row * width
@@ -145,8 +145,7 @@ def backward_complex(a, y, first, reset, dy, sdy, dstates, da, db, shape, groups
     half = width // 2
     vectors, zero = half // WIDTH, splat(np.float32(0))
     for task in numba.prange(batch * groups):
-        row, group = task // groups, task % groups
-        low, high = vectors * group // groups * WIDTH, vectors * (group + 1) // groups * WIDTH
+        row, low, high = _stretch(task, groups, vectors)
         for t in range(length - 1, -1, -1):
             cut = reset.shape[0] > 0 and reset[row, t] != 0
             at_dy, at, at_h = row * sdy[0] + t * sdy[1], (row * length + t) * width, row * width
@@ -176,8 +175,8 @@ def scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, threads: int,
     """All states (B, T, D) in the dtype of b, and the last one; arguments as in the operation,
     dense in their last dimension, D a multiple of sixteen."""
     y, states = torch.empty(b.shape, dtype=b.dtype), _copy(h)
-    forward(flat(a), a.stride()[:2], flat(b), b.stride()[:2], _bytes(reset), flat(states), flat(y),
-            tuple(b.shape), _groups(b.shape[0], b.shape[2] // WIDTH, threads))
+    forward(flat(a), a.stride()[:2], flat(b), b.stride()[:2], marks(reset), flat(states), flat(y),
+            tuple(b.shape), shares(b.shape[0], b.shape[2] // WIDTH, threads))
     return y, states
 
 
@@ -186,9 +185,9 @@ def scan_gradient(a: Tensor, y: Tensor, h: Tensor, reset: Tensor | None, dy: Ten
     """Gradients of a, b and the first state."""
     da, db = torch.empty(a.shape, dtype=a.dtype), torch.empty(y.shape, dtype=y.dtype)
     dstates = _copy(dlast)
-    backward(flat(a), a.stride()[:2], flat(y), flat(h.contiguous()), _bytes(reset), flat(dy),
+    backward(flat(a), a.stride()[:2], flat(y), flat(h.contiguous()), marks(reset), flat(dy),
              dy.stride()[:2], flat(dstates), flat(da), flat(db), tuple(y.shape),
-             _groups(y.shape[0], y.shape[2] // WIDTH, threads))
+             shares(y.shape[0], y.shape[2] // WIDTH, threads))
     return da, db, dstates
 
 
@@ -196,9 +195,9 @@ def gated_scan(keep: Tensor, value: Tensor, h: Tensor, reset: Tensor | None, thr
                ) -> tuple[Tensor, Tensor]:
     """The same for a = sigmoid(keep) and b = (1 - a) value."""
     y, states = torch.empty(value.shape, dtype=value.dtype), _copy(h)
-    forward_gated(flat(keep), keep.stride()[:2], flat(value), value.stride()[:2], _bytes(reset),
+    forward_gated(flat(keep), keep.stride()[:2], flat(value), value.stride()[:2], marks(reset),
                   flat(states), flat(y), tuple(value.shape),
-                  _groups(value.shape[0], value.shape[2] // WIDTH, threads))
+                  shares(value.shape[0], value.shape[2] // WIDTH, threads))
     return y, states
 
 
@@ -208,9 +207,9 @@ def gated_gradient(keep: Tensor, value: Tensor, y: Tensor, h: Tensor, reset: Ten
     dkeep, dvalue = torch.empty(y.shape, dtype=keep.dtype), torch.empty(y.shape, dtype=y.dtype)
     dstates = _copy(dlast)
     backward_gated(flat(keep), keep.stride()[:2], flat(value), value.stride()[:2], flat(y),
-                   flat(h.contiguous()), _bytes(reset), flat(dy), dy.stride()[:2], flat(dstates),
+                   flat(h.contiguous()), marks(reset), flat(dy), dy.stride()[:2], flat(dstates),
                    flat(dkeep), flat(dvalue), tuple(y.shape),
-                   _groups(y.shape[0], y.shape[2] // WIDTH, threads))
+                   shares(y.shape[0], y.shape[2] // WIDTH, threads))
     return dkeep, dvalue, dstates
 
 
@@ -218,8 +217,8 @@ def complex_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, threads:
                  ) -> tuple[Tensor, Tensor]:
     """The same for a constant complex a."""
     y, states = torch.empty(b.shape, dtype=b.dtype), _copy(h)
-    forward_complex(flat(a), flat(b), b.stride()[:2], _bytes(reset), flat(states), flat(y),
-                    tuple(b.shape), _groups(b.shape[0], b.shape[2] // 2 // WIDTH, threads))
+    forward_complex(flat(a), flat(b), b.stride()[:2], marks(reset), flat(states), flat(y),
+                    tuple(b.shape), shares(b.shape[0], b.shape[2] // 2 // WIDTH, threads))
     return y, states
 
 
@@ -228,22 +227,11 @@ def complex_gradient(a: Tensor, y: Tensor, h: Tensor, reset: Tensor | None, dy: 
     """Gradients of a, b and the first state."""
     da, db = torch.zeros(h.shape), torch.empty(y.shape, dtype=y.dtype)
     dstates = _copy(dlast)
-    backward_complex(flat(a), flat(y), flat(h.contiguous()), _bytes(reset), flat(dy),
+    backward_complex(flat(a), flat(y), flat(h.contiguous()), marks(reset), flat(dy),
                      dy.stride()[:2], flat(dstates), flat(da), flat(db), tuple(y.shape),
-                     _groups(y.shape[0], y.shape[2] // 2 // WIDTH, threads))
+                     shares(y.shape[0], y.shape[2] // 2 // WIDTH, threads))
     return da.sum(0), db, dstates
 
 
 def _copy(h: Tensor) -> Tensor:
     return h.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _bytes(reset: Tensor | None) -> np.ndarray:
-    if reset is None:
-        return np.zeros((0, 0), np.uint8)
-    return reset.contiguous().view(torch.uint8).numpy()
-
-
-def _groups(batch: int, vectors: int, threads: int) -> int:
-    """Groups of channels, so that rows times groups share out evenly over the threads."""
-    return min(threads // math.gcd(batch, threads), vectors)

@@ -8,6 +8,12 @@ import numpy as np
 from manyform.ops.kernels.lanes import FAST, WIDTH, load, splat, store, total
 
 
+@numba.njit(fastmath=FAST, inline="always")
+def _halves(x, at, bias, one, pairs):
+    """Two features that turn together, each with its bias."""
+    return load(x, at) + load(bias, one), load(x, at + pairs) + load(bias, one + pairs)
+
+
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
 def forward(c, b, c_bias, b_bias, cos, sin, q, k, dot, dims):
     """c, b: flat rows of groups * n; c_bias, b_bias: flat (heads, n); cos, sin: flat rows of heads
@@ -21,11 +27,9 @@ def forward(c, b, c_bias, b_bias, cos, sin, q, k, dot, dims):
             for j in range(0, pairs, WIDTH):
                 turn = (row * heads + h) * pairs + j
                 x, y = load(cos, turn), load(sin, turn)
-                one, two = h * n + j, h * n + pairs + j
-                q1 = load(c, at + j) + load(c_bias, one)
-                q2 = load(c, at + pairs + j) + load(c_bias, two)
-                k1 = load(b, at + j) + load(b_bias, one)
-                k2 = load(b, at + pairs + j) + load(b_bias, two)
+                one = h * n + j
+                q1, q2 = _halves(c, at + j, c_bias, one, pairs)
+                k1, k2 = _halves(b, at + j, b_bias, one, pairs)
                 sums = sums + q1 * k1 + q2 * k2
                 store(q, to + j, q1 * x - q2 * y)
                 store(q, to + pairs + j, q1 * y + q2 * x)
@@ -64,10 +68,8 @@ def backward(c, b, c_bias, b_bias, cos, sin, dq, dk, ddot, dc, db, dcos, dsin, p
                     turn = (row * heads + h) * pairs + j
                     x, y = load(cos, turn), load(sin, turn)
                     one, two = h * n + j, h * n + pairs + j
-                    q1 = load(c, at + j) + load(c_bias, one)
-                    q2 = load(c, at + pairs + j) + load(c_bias, two)
-                    k1 = load(b, at + j) + load(b_bias, one)
-                    k2 = load(b, at + pairs + j) + load(b_bias, two)
+                    q1, q2 = _halves(c, at + j, c_bias, one, pairs)
+                    k1, k2 = _halves(b, at + j, b_bias, one, pairs)
                     u1, u2 = load(dq, to + j), load(dq, to + pairs + j)
                     v1, v2 = load(dk, to + j), load(dk, to + pairs + j)
                     store(dcos, turn, u1 * q1 + u2 * q2 + v1 * k1 + v2 * k2)

@@ -28,7 +28,9 @@ from manyform.ops.kernels.lanes import (
     flat,
     get,
     load,
+    marks,
     pack,
+    shares,
     sigmoid,
     softplus,
     splat,
@@ -39,6 +41,14 @@ from manyform.ops.kernels.lanes import (
 
 CHUNK = 32
 LN2 = np.float32(0.6931471805599453)
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def _gather(source, at, stride, steps, n, target):
+    """`steps` rows of n numbers, one behind the other as float32."""
+    for t in range(steps):
+        for j in range(n):
+            target[t * n + j] = get(source, at + t * stride + j)
 
 
 @numba.njit(fastmath=FAST, parallel=True, cache=True)
@@ -69,10 +79,8 @@ def forward(x, xs, dt, dts, b, bs, c, cs, gate, gs, a, skip, bias, reset, states
         for k in range(chunks):
             t0 = k * CHUNK
             steps = min(CHUNK, length - t0)
-            for t in range(steps):
-                for n in range(n_state):
-                    pb[t * n_state + n] = get(b, row * bs[0] + (t0 + t) * bs[1] + n)
-                    pc[t * n_state + n] = get(c, row * cs[0] + (t0 + t) * cs[1] + n)
+            _gather(b, row * bs[0] + t0 * bs[1], bs[1], steps, n_state, pb)
+            _gather(c, row * cs[0] + t0 * cs[1], cs[1], steps, n_state, pc)
             for v in range(first, last):
                 used = min(WIDTH, width - v * WIDTH)
                 col = v * WIDTH
@@ -141,10 +149,8 @@ def backward(x, xs, dt, dts, b, bs, c, cs, gate, gs, a, skip, bias, reset, start
         for k in range(chunks - 1, -1, -1):
             t0 = k * CHUNK
             steps = min(CHUNK, length - t0)
-            for t in range(steps):
-                for n in range(n_state):
-                    pb[t * n_state + n] = get(b, row * bs[0] + (t0 + t) * bs[1] + n)
-                    pc[t * n_state + n] = get(c, row * cs[0] + (t0 + t) * cs[1] + n)
+            _gather(b, row * bs[0] + t0 * bs[1], bs[1], steps, n_state, pb)
+            _gather(c, row * cs[0] + t0 * cs[1], cs[1], steps, n_state, pc)
             for i in range(steps * n_state):
                 store(sum_b, i * WIDTH, zero)
                 store(sum_c, i * WIDTH, zero)
@@ -237,9 +243,9 @@ def scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor | None, A: Te
     chunks = (length + CHUNK - 1) // CHUNK
     starts = torch.empty(batch * chunks * n * padded if training else 0)
     y = torch.empty(batch, length, width, dtype=x.dtype)
-    forward(*_lines(x, dt, b, c, gate), a.numpy(), skip.numpy(), shift.numpy(), _bytes(reset),
+    forward(*_lines(x, dt, b, c, gate), a.numpy(), skip.numpy(), shift.numpy(), marks(reset),
             states.numpy(), starts.numpy(), flat(y), (batch, length, width, n),
-            _groups(batch, padded, threads))
+            shares(batch, padded // WIDTH, threads))
     return y, states[:, :, :width].transpose(1, 2).contiguous(), starts
 
 
@@ -251,13 +257,13 @@ def scan_gradient(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor | No
     n = A.shape[1]
     a, skip, shift = _padded(A, D, bias)
     padded = a.shape[1]
-    groups = _groups(batch, padded, threads)
+    groups = shares(batch, padded // WIDTH, threads)
     g = F.pad(dstate.transpose(1, 2), (0, padded - width)).contiguous()
     dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=dt.dtype)
     dgate = torch.empty(x.shape if gate is not None else 0, dtype=x.dtype)
     db, dc = torch.empty(2, groups, batch, length, n)
     da, (dskip, dbias) = torch.zeros(batch, n, padded), torch.zeros(2, batch, padded)
-    backward(*_lines(x, dt, b, c, gate), a.numpy(), skip.numpy(), shift.numpy(), _bytes(reset),
+    backward(*_lines(x, dt, b, c, gate), a.numpy(), skip.numpy(), shift.numpy(), marks(reset),
              starts.numpy(), *_line(dy), g.numpy(), flat(dx), flat(ddt), db.numpy(), dc.numpy(),
              flat(dgate), da.numpy(), dskip.numpy(), dbias.numpy(), (batch, length, width, n),
              groups)
@@ -280,14 +286,3 @@ def _lines(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, gate: Tensor | None) -> 
 
 def _line(x: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
     return flat(x), (x.stride(0), x.stride(1))
-
-
-def _bytes(reset: Tensor | None) -> np.ndarray:
-    if reset is None:
-        return np.zeros((0, 0), np.uint8)
-    return reset.contiguous().view(torch.uint8).numpy()
-
-
-def _groups(batch: int, padded: int, threads: int) -> int:
-    """Groups of channels, so that rows times groups share out evenly over the threads."""
-    return min(threads // math.gcd(batch, threads), padded // WIDTH)

@@ -8,8 +8,6 @@ back a step may look, which is where resets enter.
 
 from __future__ import annotations
 
-import math
-
 import numba
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from manyform.ops.kernels.lanes import (
     flat,
     load,
     pack,
+    shares,
     sigmoid,
     splat,
     store,
@@ -269,7 +268,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, reach: T
                      tuple(x.shape), marks)
         return y
     forward(*_line(x), *_padded(weight, bias), flat(state), _array(reach), silu, flat(y),
-            tuple(x.shape), _groups(x, threads), marks)
+            tuple(x.shape), shares(x.shape[0], -(-x.shape[2] // WIDTH), threads), marks)
     return y
 
 
@@ -289,8 +288,8 @@ def conv_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
         return dx, dw.sum(0).T, db.sum(0), dstate
     dw, db = torch.zeros(batch, *w.shape), torch.zeros(batch, *b.shape)
     backward(*_line(x), w, b, flat(state), _array(reach), silu, *_line(dy), flat(dx),
-             flat(dstate), dw.numpy(), db.numpy(), tuple(x.shape), _groups(x, threads),
-             marks)
+             flat(dstate), dw.numpy(), db.numpy(), tuple(x.shape),
+             shares(x.shape[0], -(-x.shape[2] // WIDTH), threads), marks)
     return dx, dw.sum(0)[:, :width].T, db.sum(0)[:width], dstate
 
 
@@ -312,8 +311,3 @@ def _line(x: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
 
 def _array(reach: Tensor | None) -> np.ndarray | None:
     return None if reach is None else reach.numpy()
-
-
-def _groups(x: Tensor, threads: int) -> int:
-    """Groups of channels, so that rows times groups share out evenly over the threads."""
-    return min(threads // math.gcd(x.shape[0], threads), -(-x.shape[2] // WIDTH))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyform.ops.kernels.lanes import FAST, WIDTH, flat, load, pack, splat, store, unpack
+from manyform.ops.kernels.lanes import FAST, WIDTH, flat, load, marks, pack, splat, store, unpack
 
 CHUNK = 64
 PAIR = 2 * WIDTH
@@ -91,6 +91,25 @@ def _meet(table, at, pairs, kinds, grads, here, gt):
         q = q - load(table, k + 6 * WIDTH) * lr
         v = v - load(table, k + 7 * WIDTH) * li
     return dxr + dxi, q + v
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def _numbers(table, at):
+    """a, b and 2 c of one pair, each real part first."""
+    return (load(table, at), load(table, at + WIDTH),
+            load(table, at + 2 * WIDTH), load(table, at + 3 * WIDTH),
+            load(table, at + 4 * WIDTH), load(table, at + 5 * WIDTH))
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def _walk(ar, ai, br, bi, hr, hi, x):
+    """a h + b x of one pair."""
+    return br * x + ar * hr - ai * hi, bi * x + ar * hi + ai * hr
+
+
+@numba.njit(fastmath=FAST, inline="always")
+def _add(sums, at, value):
+    store(sums, at, load(sums, at) + value)
 
 
 @numba.njit(fastmath=FAST, parallel=True, cache=True)
@@ -207,16 +226,16 @@ def backward(x, xs, dy, dys, table, skip, reset, starts, adjoint, dx, dtable, ds
                     der, dei = der - lr * r, dei - li * r
                     dfr, dfi = dfr + q * hr, dfi - q * hi
                 k = own + p * kinds * WIDTH
-                store(dtable, k, load(dtable, k) + dar + ear)
-                store(dtable, k + WIDTH, load(dtable, k + WIDTH) + dai + eai)
-                store(dtable, k + 2 * WIDTH, load(dtable, k + 2 * WIDTH) + dbr)
-                store(dtable, k + 3 * WIDTH, load(dtable, k + 3 * WIDTH) + dbi)
-                store(dtable, k + 4 * WIDTH, load(dtable, k + 4 * WIDTH) + dcr)
-                store(dtable, k + 5 * WIDTH, load(dtable, k + 5 * WIDTH) + dci)
-                store(dtable, k + 6 * WIDTH, load(dtable, k + 6 * WIDTH) + der)
-                store(dtable, k + 7 * WIDTH, load(dtable, k + 7 * WIDTH) + dei)
-                store(dtable, k + 8 * WIDTH, load(dtable, k + 8 * WIDTH) + dfr)
-                store(dtable, k + 9 * WIDTH, load(dtable, k + 9 * WIDTH) + dfi)
+                _add(dtable, k, dar + ear)
+                _add(dtable, k + WIDTH, dai + eai)
+                _add(dtable, k + 2 * WIDTH, dbr)
+                _add(dtable, k + 3 * WIDTH, dbi)
+                _add(dtable, k + 4 * WIDTH, dcr)
+                _add(dtable, k + 5 * WIDTH, dci)
+                _add(dtable, k + 6 * WIDTH, der)
+                _add(dtable, k + 7 * WIDTH, dei)
+                _add(dtable, k + 8 * WIDTH, dfr)
+                _add(dtable, k + 9 * WIDTH, dfi)
             unpack(pdx, 0, steps, used, dx, (row * length + t0) * width + col, width)
         store(dskip, row * groups * WIDTH + col, dskip_sum)
 
@@ -248,20 +267,16 @@ def forward_pairs(x, xs, table, skip, reset, states, starts, y, shape):
                 store(py, t * WIDTH, d_skip * load(px, t * WIDTH))
             for p in range(0, pairs, 2):
                 i, j = at + p * kinds * WIDTH, at + (p + 1) * kinds * WIDTH
-                ar, ai = load(table, i), load(table, i + WIDTH)
-                br, bi = load(table, i + 2 * WIDTH), load(table, i + 3 * WIDTH)
-                cr, ci = load(table, i + 4 * WIDTH), load(table, i + 5 * WIDTH)
-                dr, di = load(table, j), load(table, j + WIDTH)
-                er, ei = load(table, j + 2 * WIDTH), load(table, j + 3 * WIDTH)
-                fr, fi = load(table, j + 4 * WIDTH), load(table, j + 5 * WIDTH)
+                ar, ai, br, bi, cr, ci = _numbers(table, i)
+                dr, di, er, ei, fr, fi = _numbers(table, j)
                 hr, hi = load(h, p * PAIR), load(h, p * PAIR + WIDTH)
                 gr, gi = load(h, p * PAIR + 2 * WIDTH), load(h, p * PAIR + 3 * WIDTH)
                 for t in range(steps):
                     if reset.shape[0] > 0 and reset[row, t0 + t] != 0:
                         hr, hi, gr, gi = zero, zero, zero, zero
                     xt = load(px, t * WIDTH)
-                    hr, hi = br * xt + ar * hr - ai * hi, bi * xt + ar * hi + ai * hr
-                    gr, gi = er * xt + dr * gr - di * gi, ei * xt + dr * gi + di * gr
+                    hr, hi = _walk(ar, ai, br, bi, hr, hi, xt)
+                    gr, gi = _walk(dr, di, er, ei, gr, gi, xt)
                     out = load(py, t * WIDTH) + cr * hr - ci * hi
                     store(py, t * WIDTH, out + fr * gr - fi * gi)
                 store(h, p * PAIR, hr)
@@ -303,9 +318,7 @@ def backward_pairs(x, xs, dy, dys, table, skip, reset, starts, adjoint, dx, dtab
                 dskip_sum = dskip_sum + gt * load(px, t * WIDTH)
             for p in range(pairs):
                 i = at + p * kinds * WIDTH
-                ar, ai = load(table, i), load(table, i + WIDTH)
-                br, bi = load(table, i + 2 * WIDTH), load(table, i + 3 * WIDTH)
-                cr, ci = load(table, i + 4 * WIDTH), load(table, i + 5 * WIDTH)
+                ar, ai, br, bi, cr, ci = _numbers(table, i)
                 hr, hi = load(starts, first + p * PAIR), load(starts, first + p * PAIR + WIDTH)
                 store(hs, 0, hr)
                 store(hs, WIDTH, hi)
@@ -313,7 +326,7 @@ def backward_pairs(x, xs, dy, dys, table, skip, reset, starts, adjoint, dx, dtab
                     if reset.shape[0] > 0 and reset[row, t0 + t] != 0:
                         hr, hi = zero, zero
                     xt = load(px, t * WIDTH)
-                    hr, hi = br * xt + ar * hr - ai * hi, bi * xt + ar * hi + ai * hr
+                    hr, hi = _walk(ar, ai, br, bi, hr, hi, xt)
                     store(hs, (t + 1) * PAIR, hr)
                     store(hs, (t + 1) * PAIR + WIDTH, hi)
                 gr, gi = load(g, p * PAIR), load(g, p * PAIR + WIDTH)
@@ -337,12 +350,12 @@ def backward_pairs(x, xs, dy, dys, table, skip, reset, starts, adjoint, dx, dtab
                 store(g, p * PAIR, gr)
                 store(g, p * PAIR + WIDTH, gi)
                 into = own + p * kinds * WIDTH
-                store(dtable, into, load(dtable, into) + dar + ear)
-                store(dtable, into + WIDTH, load(dtable, into + WIDTH) + dai + eai)
-                store(dtable, into + 2 * WIDTH, load(dtable, into + 2 * WIDTH) + dbr)
-                store(dtable, into + 3 * WIDTH, load(dtable, into + 3 * WIDTH) + dbi)
-                store(dtable, into + 4 * WIDTH, load(dtable, into + 4 * WIDTH) + dcr)
-                store(dtable, into + 5 * WIDTH, load(dtable, into + 5 * WIDTH) + dci)
+                _add(dtable, into, dar + ear)
+                _add(dtable, into + WIDTH, dai + eai)
+                _add(dtable, into + 2 * WIDTH, dbr)
+                _add(dtable, into + 3 * WIDTH, dbi)
+                _add(dtable, into + 4 * WIDTH, dcr)
+                _add(dtable, into + 5 * WIDTH, dci)
             unpack(pdx, 0, steps, used, dx, (row * length + t0) * width + col, width)
         store(dskip, row * groups * WIDTH + col, dskip_sum)
 
@@ -360,7 +373,7 @@ def scan(x: Tensor, kinds: Tensor, skip: Tensor | None, state: Tensor, reset: Te
     starts = torch.empty(chunks * states.numel() if training else 0)
     y = torch.empty(batch, length, width, dtype=x.dtype)
     (forward if ranked else forward_pairs)(
-        flat(x), x.stride()[:2], flat(_lanes(kinds)), _skip(skip, width).numpy(), _bytes(reset),
+        flat(x), x.stride()[:2], flat(_lanes(kinds)), _skip(skip, width).numpy(), marks(reset),
         flat(states), starts.numpy(), flat(y), (batch, length, width, *kinds.shape[1:]))
     return y, _channels(states, width)[:, :, :given].contiguous(), starts
 
@@ -377,7 +390,7 @@ def scan_gradient(x: Tensor, kinds: Tensor, skip: Tensor | None, reset: Tensor |
     dskip = torch.empty(batch, groups * WIDTH)
     (backward if ranked else backward_pairs)(
         flat(x), x.stride()[:2], flat(dy), dy.stride()[:2], flat(_lanes(kinds)),
-        _skip(skip, width).numpy(), _bytes(reset), starts.numpy(), flat(adjoint), flat(dx),
+        _skip(skip, width).numpy(), marks(reset), starts.numpy(), flat(adjoint), flat(dx),
         flat(dtable), flat(dskip), (batch, length, width, *kinds.shape[1:]))
     return (dx, _channels(dtable.sum(0), width)[:, :given], dskip.sum(0)[:width],
             _channels(adjoint, width)[:, :, :given])
@@ -404,9 +417,3 @@ def _skip(skip: Tensor | None, width: int) -> Tensor:
     padded = width + -width % WIDTH
     return (torch.zeros(padded) if skip is None
             else F.pad(skip.detach().float(), (0, padded - width)))
-
-
-def _bytes(reset: Tensor | None) -> np.ndarray:
-    if reset is None:
-        return np.zeros((0, 0), np.uint8)
-    return reset.contiguous().view(torch.uint8).numpy()

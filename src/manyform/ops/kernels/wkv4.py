@@ -13,14 +13,23 @@ of A_t and B_t:
 
 from __future__ import annotations
 
-import math
-
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from manyform.ops.kernels.lanes import FAST, WIDTH, exp2, flat, load, maximum, splat, store
+from manyform.ops.kernels.lanes import (
+    FAST,
+    WIDTH,
+    exp2,
+    flat,
+    load,
+    marks,
+    maximum,
+    shares,
+    splat,
+    store,
+)
 
 CHUNK = 32
 LOG2E = np.float32(1.4426950408889634)
@@ -146,8 +155,8 @@ def average(k: Tensor, v: Tensor, decay: Tensor, first: Tensor, sums: tuple[Tens
     now[:, 2] *= float(LOG2E)
     starts = torch.empty(batch * -(-length // CHUNK) * 3 * width if training else 0)
     y = torch.empty(v.shape, dtype=v.dtype)
-    forward(flat(k), flat(v), _base2(decay), _base2(first), _bytes(reset), flat(now), flat(starts),
-            flat(y), (batch, length, width), _groups(batch, width, threads))
+    forward(flat(k), flat(v), _base2(decay), _base2(first), marks(reset), flat(now), flat(starts),
+            flat(y), (batch, length, width), shares(batch, width // WIDTH, threads))
     return y, (now[:, 0].clone(), now[:, 1].clone(), now[:, 2] / float(LOG2E)), starts
 
 
@@ -159,23 +168,12 @@ def average_gradient(k: Tensor, v: Tensor, decay: Tensor, first: Tensor, top: Te
     dsums = torch.stack([dnum, dden, top * -float(LOG2E)], dim=1)
     dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
     dweights = torch.zeros(batch, 2, width)
-    backward(flat(k), flat(v), _base2(decay), _base2(first), _bytes(reset), flat(starts), flat(dy),
+    backward(flat(k), flat(v), _base2(decay), _base2(first), marks(reset), flat(starts), flat(dy),
              flat(dsums), flat(dk), flat(dv), flat(dweights), (batch, length, width),
-             _groups(batch, width, threads))
+             shares(batch, width // WIDTH, threads))
     ddecay, dfirst = dweights.sum(0)
     return dk, dv, ddecay, dfirst, dsums[:, 0], dsums[:, 1]
 
 
 def _base2(x: Tensor) -> np.ndarray:
     return (x.detach().float() * float(LOG2E)).contiguous().numpy()
-
-
-def _bytes(reset: Tensor | None) -> np.ndarray:
-    if reset is None:
-        return np.zeros((0, 0), np.uint8)
-    return reset.contiguous().view(torch.uint8).numpy()
-
-
-def _groups(batch: int, width: int, threads: int) -> int:
-    """Groups of channels, so that rows times groups share out evenly over the threads."""
-    return min(threads // math.gcd(batch, threads), width // WIDTH)

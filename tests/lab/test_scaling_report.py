@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from tests.scaling.synthetic import EPOCH, grid, iso
+from tests.scaling.synthetic import EPOCH, grid, iso, runs
 
 from manyform.errors import ManyformError
 from manyform.lab.frame import plotly
@@ -44,6 +44,21 @@ def test_several_architectures():
     assert len(data["archs"]["lstm"]["chance"]) == len(data["budgets"])
     assert 'id="plot-chances"' in text
     assert '<option value="lstm">' in text
+
+
+def test_sizes_that_do_not_matter():
+    """As an LSTM's do in few steps: many bootstraps then have a best size below one parameter."""
+    law = Chinchilla(0.0, 1.5, 610.0, 1e-3, 0.43)
+    params, multiples = np.meshgrid([3e4, 7e4, 1.5e5, 3e5], [10, 20, 40, 80])
+    tokens = params * multiples
+    noise = np.exp(0.02 * np.random.default_rng(0).standard_normal(tokens.shape))
+    table = runs(params.ravel(), tokens.ravel(), (law.predict(params, tokens) * noise).ravel())
+    found = fit(table, bootstraps=60)
+    assert any(d.alpha < 0.002 for d in found.draws)
+    text = page(found)
+    assert "no best size at" in text
+    (arch,) = figures(text)["archs"].values()
+    assert arch["approaches"][-1]["a"] is None
 
 
 def test_laws_of_one_quantity_have_no_page():

@@ -201,6 +201,9 @@ def test_optimum_is_the_minimum():
         assert law.tokens_for(best.params, best.loss) == pytest.approx(best.tokens, rel=1e-6)
     with pytest.raises(ManyformError, match="below the floor"):
         EPOCH.optimal(loss=1.8)
+    for alpha in (1e-3, 1e-290):  # size hardly matters: the best would be less than a parameter
+        with pytest.raises(ManyformError, match="no best size at 1e\\+12 FLOPs"):
+            Chinchilla(0.0, 1.6, 610.0, alpha, 0.43).optimal(flops=1e12)
 
 
 @pytest.mark.parametrize(("table", "match"), [

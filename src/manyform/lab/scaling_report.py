@@ -159,9 +159,13 @@ def _summary(fits: dict[str, Fit], several: Families | None) -> str:
         if f.draws:
             low, high = f.interval("a")
             text += f" (between {low:.2f} and {high:.2f})"
-        best = f.counted(f.law, f.largest)
-        return escape(f"{name + ': ' if name else ''}{text}; at the largest measured budget it is "
-                    f"{short(best.params)} parameters on {short(best.tokens)} tokens.")
+        try:
+            best = f.counted(f.law, f.largest)
+            text += (f"; at the largest measured budget it is {short(best.params)} parameters on "
+                     f"{short(best.tokens)} tokens")
+        except ManyformError as error:
+            text = str(error)
+        return escape(f"{name + ': ' if name else ''}{text}.")
     crossings = several.crossings() if _drawn(fits) else []
     found = [c for c in crossings if c.flops is not None]
     if found:

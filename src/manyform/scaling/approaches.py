@@ -97,14 +97,22 @@ def compare(fit: Fit, *, level: float = 0.95, replicates: int = REPLICATES, seed
         low_size, high_size = np.quantile(sizes[1:], tails) if len(lines) > 20 else (np.nan, np.nan)
         out.append(Approach(name, float(exponents[0]), float(low), float(high), flops, params,
                             float(sizes[0]), float(low_size), float(high_size), note))
-    best = fit.optimal(flops=middle)
-    grid = np.geomspace(runs.flops.min(), runs.flops.max(), 20)
-    interval = fit.interval("a", level) if fit.draws else (np.nan, np.nan)
-    span = best.intervals.get("params", (np.nan, np.nan))
-    out.append(Approach("3: the fitted law", fit.a, *interval, grid,
-                        np.array([fit.counted(fit.law, float(c)).params for c in grid]),
-                        best.params, *span))
+    out.append(_by_law(fit, middle, level))
     return out
+
+
+def _by_law(fit: Fit, middle: float, level: float) -> Approach:
+    name = "3: the fitted law"
+    interval = fit.interval("a", level) if fit.draws else (np.nan, np.nan)
+    grid = np.geomspace(fit.runs.flops.min(), fit.runs.flops.max(), 20)
+    try:
+        best = fit.optimal(flops=middle)
+        sizes = [fit.counted(fit.law, float(c)).params for c in grid]
+    except ManyformError as error:
+        return Approach(name, np.nan, np.nan, np.nan, np.empty(0), np.empty(0), np.nan, np.nan,
+                        np.nan, str(error))
+    return Approach(name, fit.a, *interval, grid, np.array(sizes), best.params,
+                    *best.intervals.get("params", (np.nan, np.nan)))
 
 
 def spread(approaches: list[Approach]) -> float:

@@ -98,6 +98,10 @@ class Chinchilla(Law):
             _positive("flops", flops)
             product = flops / FLOPS_PER_PARAM_TOKEN
             params = self.G * product**self.a
+            if not 1 <= params <= product:
+                raise ManyformError(f"this law has no best size at {flops:.3g} FLOPs: it would be "
+                                    f"{params:.3g} parameters (alpha {self.alpha:.3g}, beta "
+                                    f"{self.beta:.3g})")
             return Optimum(params, product / params, flops,
                            float(self.predict(params, product / params)))
         assert loss is not None

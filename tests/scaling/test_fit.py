@@ -204,6 +204,9 @@ def test_optimum_is_the_minimum():
     for alpha in (1e-3, 1e-290):  # size hardly matters: the best would be less than a parameter
         with pytest.raises(ManyformError, match="no best size at 1e\\+12 FLOPs"):
             Chinchilla(0.0, 1.6, 610.0, alpha, 0.43).optimal(flops=1e12)
+    with pytest.raises(ManyformError, match="no best size"):  # or more than a float holds
+        Chinchilla(0.0, 1e12, 1e-13, 1e-3, 1e-3).optimal(flops=1e12)
+    assert Chinchilla(0.0, 1e12, 610.0, 1e-3, 0.43).optimal(loss=1.0).params == np.inf
 
 
 @pytest.mark.parametrize(("table", "match"), [

@@ -5,6 +5,7 @@ N: parameters, D: training tokens, C: training FLOPs, C = 6 N D where nothing el
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -56,6 +57,14 @@ class Law:
                             "size; that needs one of parameters and tokens together")
 
 
+def _power(base: float, exponent: float) -> float:
+    """Infinite where a float ends: a bootstrap's exponent may be as good as zero."""
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Chinchilla(Law):
     """L = E + A / N^alpha + B / D^beta (Hoffmann 2022, eq. 2 and appendix D.3)."""
@@ -87,7 +96,7 @@ class Chinchilla(Law):
     def G(self) -> float:
         """N* = G (C / 6)^a, D* = (C / 6)^b / G (Hoffmann 2022, eq. 4)."""
         self._bends()
-        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        return _power(self.alpha * self.A / (self.beta * self.B), 1 / (self.alpha + self.beta))
 
     def optimal(self, *, flops: float | None = None, loss: float | None = None) -> Optimum:
         """Closed forms: at the optimum alpha A / N^alpha = beta B / D^beta."""
@@ -109,8 +118,8 @@ class Chinchilla(Law):
         if above <= 0:
             raise ManyformError(f"a loss of {loss:g} is at or below the floor E = {self.E:.4g} of "
                                 "this law: no size and no data reach it")
-        params = (self.A * (1 + self.alpha / self.beta) / above) ** (1 / self.alpha)
-        tokens = (self.B * (1 + self.beta / self.alpha) / above) ** (1 / self.beta)
+        params = _power(self.A * (1 + self.alpha / self.beta) / above, 1 / self.alpha)
+        tokens = _power(self.B * (1 + self.beta / self.alpha) / above, 1 / self.beta)
         return Optimum(params, tokens, FLOPS_PER_PARAM_TOKEN * params * tokens, loss)
 
     def tokens_for(self, params: Any, loss: float) -> Any:

@@ -77,8 +77,9 @@ class Zamba2(SequenceMixer):
 
     n_heads, kv_heads, position ("rotary" or "none"), rope_base, rope_scaling: as in attention, over
     2 d_model features; scores are divided by sqrt(head_dim / 2). width, expansion, activation: of
-    the MLP. rank: of the additions; adapt_attention: also to queries, keys and values, not only
-    to the MLP. d_state, expand, head_dim, n_groups, conv_size, dt_limit: of Mamba-2. bias: on the
+    the MLP. rank: of the additions (None: a sixteenth of d_model, at most the published 128);
+    adapt_attention: also to queries, keys and values, not only to the MLP. d_state, expand,
+    head_dim, n_groups, conv_size, dt_limit: of Mamba-2. bias: on the
     maps of the MLP and of Mamba-2. norm_eps: of the norms of the stream.
     """
 
@@ -92,11 +93,12 @@ class Zamba2(SequenceMixer):
                  kv_heads: int | None = None, position: str = "rotary",
                  rope_base: float = 10000.0, rope_scaling: Mapping[str, Any] | None = None,
                  width: int | None = None, expansion: float = 4.0, activation: str = "gelu",
-                 rank: int = 128, adapt_attention: bool = True, d_state: int = 64,
+                 rank: int | None = None, adapt_attention: bool = True, d_state: int = 64,
                  expand: float = 2.0, head_dim: int | None = None, n_groups: int = 1,
                  conv_size: int = 4, dt_limit: tuple[float, float] | None = None,
                  bias: bool = False, norm_eps: float = 1e-5) -> None:
         super().__init__(d_model, place=place)
+        rank = min(128, max(1, d_model // 16)) if rank is None else rank
         if rank < 1:
             raise ManyformError(f"rank of zamba2 must be at least 1, not {rank}")
         if position not in ("rotary", "none"):

@@ -173,7 +173,12 @@ class Fit:
 
     def frontier(self, budgets: Any) -> tuple[Array, Array]:
         """The least loss at each of these budgets (m,), and that of each bootstrap (draws, m); NaN
-        where a bootstrap's law has no optimum."""
+        where a bootstrap's law has no optimum.
+
+        The best size is sought where runs are: with parameters, tokens and tokens per parameter
+        within those measured (beyond the largest budget the first two may grow as it does). A law
+        that is flat in one of them would else be read far from every run.
+        """
         product = np.asarray(budgets, float) / self.per_token
         laws = [self.law, *self.draws]
         if not all(isinstance(law, Chinchilla) for law in laws):
@@ -185,10 +190,23 @@ class Fit:
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             size = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) \
                 * product ** (beta / (alpha + beta))
+            size = np.clip(size, *self._measured(product))
             losses = E + A * size**-alpha + B * (product / size) ** -beta
         bends = ((A > 0) & (B > 0) & (alpha > 0) & (beta > 0))[:, 0]
         losses[~bends] = np.nan
         return losses[0], losses[1:]
+
+    def _measured(self, product: Array) -> tuple[Array, Array]:
+        """The smallest and the largest size at which parameters, tokens and tokens per parameter
+        lie within those measured."""
+        params, tokens, ratio = self.runs.params, self.runs.tokens, self.runs.tokens / \
+            self.runs.params
+        further = np.maximum(1.0, product * self.per_token / self.largest)
+        smallest = np.max([np.full_like(product, params.min()), np.sqrt(product / ratio.max()),
+                           product / (tokens.max() * further)], axis=0)
+        largest = np.min([params.max() * further, np.sqrt(product / ratio.min()),
+                          product / tokens.min()], axis=0)
+        return np.minimum(smallest, largest), largest
 
     def extrapolation(self, flops: Any) -> str:
         """A sentence if any of these budgets lies far beyond what was measured, else ""."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from manyform.ops import tiled_ttt
 from manyform.ops.fast_weights import GELU, Blocks, Weights, where
 from manyform.ops.operation import operation
 
@@ -117,6 +118,23 @@ def _(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, norm: Tensor
         weights, sums = _at_the_end(held, blocks, mix[-1])
         y = blocks.join(torch.stack(ys, dim=1).transpose(2, 3))
     return y.to(v.dtype), TTTState(weights, sums, blocks.position)
+
+
+def _tiles(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, norm: Tensor,
+           initial: Weights, state: TTTState | None = None, reset: Tensor | None = None) -> bool:
+    return tiled_ttt.applies(q, v, scale, len(initial), None if state is None else state.position)
+
+
+@ttt.path("tiles", when=_tiles)
+def _(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, norm: Tensor,
+      initial: Weights, state: TTTState | None = None, reset: Tensor | None = None,
+      ) -> tuple[Tensor, TTTState]:
+    wide = torch.float32
+    weights = _expand(len(q), initial, wide) if state is None else state.weights
+    y, after, sums, position = tiled_ttt.tiled_ttt(
+        q.to(v.dtype), k.to(v.dtype), v, rate.to(wide), scale.to(wide), norm.to(wide),
+        initial[0].to(wide), weights[0].to(wide), reset)
+    return y, TTTState((after,), (sums,), position)
 
 
 class _Held(NamedTuple):

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from manyform.contract import Mixer, Place
+from manyform.linear import Linear
 
 
-def linear(d_in: int, d_out: int, *, bias: bool = False, std: float = 0.02) -> nn.Linear:
+def linear(d_in: int, d_out: int, *, bias: bool = False, std: float = 0.02) -> Linear:
     """A linear layer with normal weights of the given standard deviation and zero bias.
 
     0.02 is GPT-2's value (Radford 2019, released code), kept by LLaMA and most since.
     """
-    layer = nn.Linear(d_in, d_out, bias=bias)
+    layer = Linear(d_in, d_out, bias=bias)
     nn.init.normal_(layer.weight, std=std)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -19,6 +19,7 @@ from manyform.contract import Cost, SequenceMixer, losses
 from manyform.errors import ManyformError
 from manyform.exits import Exits
 from manyform.init import linear
+from manyform.linear import Linear
 from manyform.norms import norm
 from manyform.ops.cross_entropy import linear_cross_entropy
 from manyform.ops.operation import trace
@@ -83,7 +84,7 @@ class Model(nn.Module):
                             make_norm=lambda: norm(config.norm, d, config.norm_eps))
         final = config.final_norm and not ends_in_norm(config.residual)
         self.final_norm = norm(config.norm if final else "none", config.width, config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
         nn.init.normal_(self.head.weight, std=0.02)
         if config.head_bias:
             nn.init.zeros_(self.head.bias)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyform.contract import Cost, Hint, Mixer, Place, channel
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.ops.relu_squared import relu_squared
 from manyform.ops.token_shift import token_shift
 
@@ -29,8 +30,8 @@ class RWKVChannel(Mixer):
         hidden = max(1, round(expansion * d_model))
         rest = 1 - place.index / place.count
         self.shift = nn.Parameter(1 - (torch.arange(d_model) / d_model) ** rest**4)
-        self.key = nn.Linear(d_model, hidden, bias=False)
-        self.value = nn.Linear(hidden, d_model, bias=False)
+        self.key = Linear(d_model, hidden, bias=False)
+        self.value = Linear(hidden, d_model, bias=False)
         nn.init.orthogonal_(self.key.weight)
         nn.init.zeros_(self.value.weight)
 
@@ -64,9 +65,9 @@ class _Gated(Mixer):
         rest = 1 - place.index / place.count
         share = (torch.arange(d_model) / d_model) ** rest**power
         self.time_mix = nn.Parameter(share.repeat(2, 1))
-        self.key = nn.Linear(d_model, hidden, bias=False)
-        self.receptance = nn.Linear(d_model, d_model, bias=False)
-        self.value = nn.Linear(hidden, d_model, bias=False)
+        self.key = Linear(d_model, hidden, bias=False)
+        self.receptance = Linear(d_model, d_model, bias=False)
+        self.value = Linear(hidden, d_model, bias=False)
         nn.init.orthogonal_(self.key.weight, gain=max(1.0, hidden / d_model) ** 0.5)
         nn.init.zeros_(self.receptance.weight)
         nn.init.zeros_(self.value.weight)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from manyform.channels.mlp import MLP, GatedMLP
 from manyform.contract import Mixer
+from manyform.linear import Linear
 from manyform.norms import LayerNorm, RMSNorm
 from manyform.state import State
 
@@ -112,7 +113,7 @@ def array(tensor: Tensor | None) -> Array:
 
 def linear(layer: nn.Module, weights: torch.dtype) -> tuple[Array, Array]:
     """Weight, in float32 or bfloat16 (as uint16), and bias of an ordinary linear map."""
-    if type(layer) is not nn.Linear:
+    if type(layer) not in (Linear, nn.Linear):
         raise Unfit
     weight = array(layer.weight)
     if weights == torch.bfloat16:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from manyform.contract import Cost, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError, unknown
 from manyform.init import linear, residual_std
+from manyform.linear import Linear
 from manyform.ops.gated_scan import gated_scan
 from manyform.ops.linear_scan import linear_scan
 from manyform.ops.minimal_gates import positive_part, relative_gate
@@ -66,7 +67,7 @@ class QRNN(_Gated):
         if conv_size < 1:
             raise ManyformError(f"conv_size of qrnn must be at least 1, not {conv_size}")
         self.pooling, self.conv_size, self.width = pooling, conv_size, d_model
-        self.conv = nn.Linear(conv_size * d_model, POOLINGS[pooling] * d_model)
+        self.conv = Linear(conv_size * d_model, POOLINGS[pooling] * d_model)
 
     def forward(self, x: Tensor, state: GatedState | None = None, *,
                 reset: Tensor | None = None) -> tuple[Tensor, GatedState]:
@@ -117,7 +118,7 @@ class _Minimal(_Gated):
             self.conv_weight = nn.Parameter(
                 torch.empty(d_model, conv_size).uniform_(-bound, bound))
             self.conv_bias = nn.Parameter(torch.empty(d_model).uniform_(-bound, bound))
-        self.in_proj = nn.Linear(d_model, maps * self.width)
+        self.in_proj = Linear(d_model, maps * self.width)
         self.out_proj = linear(self.width, d_model, std=residual_std(place))
 
     def forward(self, x: Tensor, state: GatedState | None = None, *,

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyform.contract import Cost, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError, unknown
 from manyform.init import linear, residual_std
+from manyform.linear import Linear
 from manyform.mixers.attention import _document_starts
 from manyform.norms import RMSNorm
 from manyform.ops.append import append
@@ -199,7 +200,7 @@ class LatentAttention(SequenceMixer):
 
     def cost(self, length: int) -> Cost:
         """Projections, and the cheaper of the two forms; the state is the latents alone."""
-        layers: list[nn.Linear | None] = [self.q_down, self.q_up, self.kv_down, self.out]
+        layers: list[Linear | None] = [self.q_down, self.q_up, self.kv_down, self.out]
         projections = 2 * sum(layer.weight.numel() for layer in layers if layer is not None)
         row = (self.kv_rank + self.rope_dim) * self.kv_up.weight.element_size()
         return Cost(projections * length + min(self._attention_flops(length, length)),

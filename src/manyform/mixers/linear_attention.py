@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
 from manyform.init import linear, residual_std
+from manyform.linear import Linear
 from manyform.norms import RMSNorm
 from manyform.ops.gated_norm import gated_norm
 from manyform.ops.gates import divide_by_last, elu_plus_one
@@ -119,7 +120,7 @@ class Retention(_Memory):
         super().__init__(d_model, place=place, n_heads=n_heads, keys=d_model,
                          values=_expanded(d_model, "expand_v", expand_v))
         self.table = RotaryTable(self.memory_shape[1])
-        self.in_proj = nn.Linear(d_model, 2 * d_model + 2 * self.values, bias=False)
+        self.in_proj = Linear(d_model, 2 * d_model + 2 * self.values, bias=False)
         _xavier(self.in_proj, [d_model, d_model, self.values, self.values], 2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
         gaps = 2.0 ** (-5 - torch.arange(self.n_heads, dtype=torch.float64))
@@ -174,8 +175,8 @@ class GatedLinearAttention(_Memory):
                                 f"{gate_rank} and {gate_temperature}")
         self.gate_rank, self.gate_temperature = gate_rank, gate_temperature
         self.widths = [self.keys, self.keys, self.values, self.values, gate_rank]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.decay_proj = nn.Linear(gate_rank, self.keys)
+        self.in_proj = Linear(d_model, sum(self.widths), bias=False)
+        self.decay_proj = Linear(gate_rank, self.keys)
         self.norm = RMSNorm(self.memory_shape[2], eps=1e-5)
         _xavier(self.in_proj, self.widths, 2**-2.5)
         for layer in (self.decay_proj, self.out_proj):
@@ -217,7 +218,7 @@ def _expanded(d_model: int, name: str, factor: float) -> int:
     return width
 
 
-def _xavier(layer: nn.Linear, widths: list[int], gain: float) -> None:
+def _xavier(layer: Linear, widths: list[int], gain: float) -> None:
     """Initialise each of the maps that one linear layer holds side by side."""
     for weight in layer.weight.data.split(widths):
         nn.init.xavier_uniform_(weight, gain=gain)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.ops.linear_scan import complex_scan
 
 
@@ -51,7 +52,7 @@ class LRU(SequenceMixer):
         self.B = nn.Parameter(torch.randn(2 * n, d_model) / math.sqrt(2 * d_model))
         self.C = nn.Parameter(torch.randn(d_model, 2 * n) / math.sqrt(n))
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out_proj = nn.Linear(d_model, 2 * d_model)
+        self.out_proj = Linear(d_model, 2 * d_model)
 
     def forward(self, x: Tensor, state: LRUState | None = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, LRUState]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError, unknown
+from manyform.linear import Linear
 from manyform.norms import RMSNorm
 from manyform.ops.rms_norm import rms_norm
 from manyform.ops.selective_scan import selective_scan
@@ -64,17 +65,17 @@ class Mamba(SequenceMixer):
         self.inner, self.d_state, self.conv_size, self.dt_rank = inner, d_state, conv_size, rank
         self.expand, self.bias, self.selection_norm = expand, bias, selection_norm
         self.selection_eps = selection_eps
-        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
+        self.in_proj = Linear(d_model, 2 * inner, bias=bias)
         self.conv_weight = nn.Parameter(torch.empty(inner, conv_size))
         self.conv_bias: nn.Parameter | None
         self.register_parameter("conv_bias",
                                 nn.Parameter(torch.empty(inner)) if conv_bias else None)
-        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.x_proj = Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = Linear(rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        self.out_proj = Linear(inner, d_model, bias=bias)
         if selection_norm == "learned":
             self.dt_norm, self.b_norm, self.c_norm = (
                 RMSNorm(n, eps=selection_eps) for n in (rank, d_state, d_state))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError, unknown
+from manyform.linear import Linear
 from manyform.ops.gates import scale_heads, silu_gate
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.rms_norm import rms_norm
@@ -82,7 +83,7 @@ class Mamba2(SequenceMixer):
         self.inner, self.d_state, self.head_dim = inner, d_state, size
         self.n_heads, self.n_groups, self.conv_size = inner // size, n_groups, conv_size
         self.conv_width = inner + 2 * n_groups * d_state
-        self.in_proj = nn.Linear(d_model, inner + self.conv_width + self.n_heads, bias=bias)
+        self.in_proj = Linear(d_model, inner + self.conv_width + self.n_heads, bias=bias)
         self.conv_weight = nn.Parameter(torch.empty(self.conv_width, conv_size))
         self.conv_bias: nn.Parameter | None
         self.register_parameter("conv_bias",
@@ -93,7 +94,7 @@ class Mamba2(SequenceMixer):
         self.norm_weight: nn.Parameter | None
         self.register_parameter("norm_weight", None if out_norm == "none" else
                                 nn.Parameter(torch.ones(inner)))
-        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        self.out_proj = Linear(inner, d_model, bias=bias)
         for tensor in (self.conv_weight, self.conv_bias):
             if tensor is not None:
                 nn.init.uniform_(tensor, -(conv_size**-0.5), conv_size**-0.5)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.norms import RMSNorm
 from manyform.ops.gates import scale_heads, silu_gate
 from manyform.ops.linear_scan import linear_scan
@@ -75,13 +76,13 @@ class Mamba3(SequenceMixer):
         self.n_heads = inner // size
         self.widths = [inner, inner, n_groups * d_state, n_groups * d_state, *[self.n_heads] * 3,
                        self.pairs]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.in_proj = Linear(d_model, sum(self.widths), bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.B_norm, self.C_norm = RMSNorm(d_state, eps=1e-5), RMSNorm(d_state, eps=1e-5)
         self.B_bias, self.C_bias = (
             nn.Parameter(torch.ones(self.n_heads, d_state)) for _ in range(2))
         self.D = nn.Parameter(torch.ones(self.n_heads))
-        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.out_proj = Linear(inner, d_model, bias=False)
         with torch.no_grad():
             self.out_proj.weight.div_(math.sqrt(place.count))
             dt = torch.exp(torch.empty(self.n_heads).uniform_(math.log(dt_min), math.log(dt_max)))

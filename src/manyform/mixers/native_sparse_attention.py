@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from manyform.contract import Cost, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
 from manyform.init import linear, residual_std
+from manyform.linear import Linear
 from manyform.mixers.attention import _document_starts, _heads
 from manyform.mixers.block_attention import carried, finished, kept
 from manyform.mixers.sparse_attention import where
@@ -49,8 +50,8 @@ class Compressor(nn.Module):
     def __init__(self, size: int, d: int) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.randn(size, d) * 0.02)
-        self.up = nn.Linear(size * d, d)
-        self.down = nn.Linear(d, d)
+        self.up = Linear(size * d, d)
+        self.down = Linear(d, d)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size, d) to (..., d)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
+from manyform.linear import Linear
 from manyform.ops.token_shift import token_shift
 from manyform.ops.wkv4 import NOTHING, Average, wkv4
 
@@ -46,7 +47,7 @@ class RWKV4(SequenceMixer):
         self.time_decay = nn.Parameter(-5 + 8 * speed)
         self.time_first = nn.Parameter(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
         self.key, self.value, self.receptance, self.output = (
-            nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+            Linear(d_model, d_model, bias=False) for _ in range(4))
         for layer in (self.key, self.receptance, self.output):
             nn.init.zeros_(layer.weight)
         nn.init.orthogonal_(self.value.weight)

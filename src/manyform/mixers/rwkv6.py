@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.rwkv6 import rwkv6_decay, rwkv6_output, steered_shift
 from manyform.ops.token_shift import token_shift
@@ -63,7 +64,7 @@ class RWKV6(SequenceMixer):
         bonus = depth * (1 - ramp) + 0.1 * ((channel + 1) % 3 - 1)
         self.bonus = nn.Parameter(bonus.view(self.n_heads, head_dim))
         self.receptance, self.key, self.value, self.gate, self.output = (
-            nn.Linear(d_model, d_model, bias=False) for _ in range(5))
+            Linear(d_model, d_model, bias=False) for _ in range(5))
         for layer, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0),
                             (self.gate, 0.1)):
             nn.init.orthogonal_(layer.weight, gain=gain)

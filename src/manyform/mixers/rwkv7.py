@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.rwkv_keys import rwkv_keys
 from manyform.ops.rwkv_output import rwkv_output
@@ -74,7 +75,7 @@ class RWKV7(SequenceMixer):
         self.k_a = nn.Parameter(torch.full((d_model,), 1.02))
         self.r_k = nn.Parameter(torch.full((self.n_heads, head_dim), -0.04))
         self.receptance, self.key, self.value, self.output = (
-            nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+            Linear(d_model, d_model, bias=False) for _ in range(4))
         nn.init.orthogonal_(self.receptance.weight)
         nn.init.orthogonal_(self.key.weight, gain=0.1)
         nn.init.orthogonal_(self.value.weight)

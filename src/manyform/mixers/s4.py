@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.ops.dplr_ssm import System, bilinear, dplr_ssm, kernel_by_powers, kernel_flops, powers
 from manyform.ops.long_conv import long_conv_flops
 
@@ -63,7 +64,7 @@ class S4(SequenceMixer):
         self.C = nn.Parameter(torch.view_as_real(
             torch.randn(d_model, self.pairs, dtype=torch.complex64)).clone())
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out_proj = nn.Linear(d_model, 2 * d_model)
+        self.out_proj = Linear(d_model, 2 * d_model)
 
     def system(self) -> System:
         """The discrete system of every channel."""

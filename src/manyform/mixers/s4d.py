@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError, unknown
+from manyform.linear import Linear
 from manyform.ops.diagonal_ssm import diagonal_kernel, diagonal_ssm
 
 DISCRETIZATIONS = ("zoh", "bilinear")
@@ -106,7 +107,7 @@ class S4D(DiagonalMixer):
             raise unknown("discretization", discretization, DISCRETIZATIONS)
         self.discretization = discretization
         self._make_system(d_model, d_state, init, dt_min, dt_max)
-        self.out_proj = nn.Linear(d_model, 2 * d_model)
+        self.out_proj = Linear(d_model, 2 * d_model)
 
     def kernel(self, length: int) -> Tensor:
         """The filter that the layer convolves each channel with: (d_model, length)."""

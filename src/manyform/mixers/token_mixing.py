@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from manyform.contract import Cost, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.ops.fourier_mix import fourier_mix, fourier_mix_flops
 from manyform.state import State
 
@@ -73,8 +74,8 @@ class MLPMixer(_WholeRow):
             raise ManyformError("hidden and max_length must be at least 1, not "
                                 f"{hidden} and {max_length}")
         self.hidden, self.max_length = hidden, max_length
-        self.up = nn.Linear(max_length, hidden)
-        self.down = nn.Linear(hidden, max_length)
+        self.up = Linear(max_length, hidden)
+        self.down = Linear(hidden, max_length)
         for layer in (self.up, self.down):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.normal_(layer.bias, std=1e-6)

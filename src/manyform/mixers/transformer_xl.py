@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from manyform.contract import Cost, Hint, Place, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.mixers.attention import Attention
 from manyform.ops.attention import visible_pairs
 from manyform.ops.relative_attention import relative_attention
@@ -40,7 +41,7 @@ class TransformerXL(Attention):
                          window=memory + 1, position="none")
         self.memory = memory
         # Every weight of the released code starts normal with deviation 0.02, biases too.
-        self.distance = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
+        self.distance = Linear(d_model, self.n_heads * self.head_dim, bias=False)
         self.content_bias = nn.Parameter(torch.empty(self.n_heads, self.head_dim))
         self.position_bias = nn.Parameter(torch.empty(self.n_heads, self.head_dim))
         for p in (self.distance.weight, self.content_bias, self.position_bias):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError
 from manyform.init import linear
+from manyform.linear import Linear
 from manyform.ops.full_precision import full_precision
 from manyform.ops.head_linear import head_linear
 from manyform.ops.head_norm import head_norm
@@ -79,7 +80,7 @@ class MLSTM(_Heads):
         self.gate_cap, self.norm_eps, self.keys = gate_cap, norm_eps, keys
         self.widths = [keys, keys, values, values]
         self.in_proj = linear(d_model, sum(self.widths), std=_small(d_model))
-        self.gates = nn.Linear(d_model, 2 * n_heads)
+        self.gates = Linear(d_model, 2 * n_heads)
         _set_gates(self.gates, -10.0)
         self.out_proj = linear(values, d_model, std=_wang(place, d_model))
 
@@ -149,7 +150,7 @@ class MLSTMUp(_Heads):
         blocks = (inner // block_size, block_size, block_size)
         self.q, self.k, self.v = (nn.Parameter(torch.randn(blocks) * _small(d_model))
                                   for _ in range(3))
-        self.gates = nn.Linear(3 * inner, 2 * self.n_heads)
+        self.gates = Linear(3 * inner, 2 * self.n_heads)
         _set_gates(self.gates, None)
         self.skip = nn.Parameter(torch.ones(inner))
         self.down = linear(inner, d_model, std=_wang(place, d_model))
@@ -273,7 +274,7 @@ def _wang(place: Place, d_model: int) -> float:
     return 2 / place.count / math.sqrt(d_model)
 
 
-def _set_gates(layer: nn.Linear, i: float | None) -> None:
+def _set_gates(layer: Linear, i: float | None) -> None:
     """Gates that start from their biases alone: i (small noise if None), and f from 3 to 6."""
     heads = layer.out_features // 2
     nn.init.zeros_(layer.weight)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyform.ops.kernels import threads, usable
+from manyform.ops.linear import weight_gradient
 from manyform.ops.operation import operation
 
 _LOGITS_AT_ONCE = 1 << 23
@@ -68,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dh is not None:
                     torch.mm(logits, w, out=dh[i:i + step])
                 if dw is not None:
-                    dw += logits.T @ rows
+                    dw += weight_gradient(logits, rows)
         ctx.save_for_backward(dh, dw)
         ctx.dtype = weight.dtype
         return losses.sum()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from manyform import state as states
 from manyform.contract import Cost, CostGrowth, Place, StateGrowth, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.stack import Stack
 from manyform.state import State
 from manyform.structures.composite import Composite, growth_of
@@ -64,7 +65,7 @@ class HierarchicalTransformer(Composite):
         self.document = self.build_stack(document, "document network")
         self.decoder = self.build_stack(decoder, "decoder")
         require_ragged(self.document, self.name)
-        self.down = nn.Linear(d_model, d_model, bias=False)
+        self.down = Linear(d_model, d_model, bias=False)
         nn.init.normal_(self.down.weight, std=0.02)
 
     @property

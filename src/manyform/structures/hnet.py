@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from manyform.contract import Cost, CostGrowth, Hint, Place, StateGrowth, add_loss, mixer
 from manyform.errors import ManyformError
+from manyform.linear import Linear
 from manyform.ops.linear_scan import linear_scan
 from manyform.state import State
 from manyform.structures.composite import Composite, growth_of
@@ -61,7 +62,7 @@ class HNet(Composite):
         self.ratio, self.balance = ratio, balance
         self.main = self.build_stack(main, "main network")
         require_ragged(self.main, self.name)
-        self.query, self.key, self.skip = (nn.Linear(d_model, d_model, bias=False)
+        self.query, self.key, self.skip = (Linear(d_model, d_model, bias=False)
                                            for _ in range(3))
         for layer in (self.query, self.key):  # similarity of the inputs themselves, at first
             nn.init.eye_(layer.weight)

@@ -32,7 +32,8 @@ def facts(batch, heads, groups, patterns, length, keys, d, *, own=True, dtype=to
 
 
 SHAPES = [(2, 4, 2, 2, 70, 200, 32), (1, 4, 1, 4, 97, 130, 64), (1, 2, 2, 1, 33, 257, 32),
-          (2, 2, 1, 1, 64, 64, 32), (1, 1, 1, 1, 1, 90, 32)]
+          (2, 2, 1, 1, 64, 64, 32), (1, 1, 1, 1, 1, 90, 32),
+          (2, 12, 2, 1, 70, 150, 32), (1, 8, 1, 1, 150, 90, 256)]
 
 
 def test_reference_is_the_sum_over_the_kept_keys():
@@ -89,6 +90,19 @@ def test_operations_are_those_of_the_kept_pairs():
 
 
 @pytest.mark.skipif(not tiled(), reason="needs matrix tiles")
+@pytest.mark.parametrize("shape", SHAPES[-2:])
+def test_gradients_of_keys_are_shared_out_among_threads(shape, monkeypatch):
+    args = facts(*shape, dtype=torch.bfloat16)
+    results = []
+    for workers in (1, 3):
+        monkeypatch.setattr("manyform.ops.sparse_attention.threads", lambda n=workers: n)
+        y = sparse_attention(*args)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), args[:3])))
+    for one, three in zip(*results, strict=True):
+        assert (one.detach().double() - three.detach().double()).norm() <= 1e-2 * one.norm()
+
+
+@pytest.mark.skipif(not tiled(), reason="needs matrix tiles")
 def test_rows_of_memory_apart():
     """Queries and keys may be slices of one projection, and gradients may come transposed."""
     torch.manual_seed(0)
@@ -107,7 +121,7 @@ def test_rows_of_memory_apart():
 
 
 @pytest.mark.skipif(not tiled(), reason="needs matrix tiles")
-@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] >= 32])
 def test_a_window_beside_choices_in_memory_that_held_something_else(shape, monkeypatch):
     """Side by side and gathered meetings in one call, every new byte of memory set before."""
     q, k, v, low, high = facts(*shape, dtype=torch.bfloat16)

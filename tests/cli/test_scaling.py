@@ -1,10 +1,14 @@
 """`manyform scaling` and `manyform sweep` as they are typed."""
 
+from pathlib import Path
+
 import pytest
 from tests.scaling.synthetic import EPOCH, grid
 
 from manyform.cli import main
 from manyform.scaling import Chinchilla
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "scaling" / "runs.csv"
 
 
 def run(capsys, *arguments):
@@ -88,6 +92,16 @@ def test_plan(capsys, tables):
     code, out, _ = run(capsys, "scaling", "plan", str(tables / "two.csv"), "--loss", "2.5",
                        "--bootstraps", "60")
     assert "cheapest way to a loss of 2.5" in out
+    code, out, _ = run(capsys, "scaling", "plan", str(EXAMPLE), "--arch", "lstm", "--flops", "1e13",
+                       "--bootstraps", "60")
+    assert "not determined" in out
+    assert "under" in out
+    assert "e-" not in out
+    code, out, err = run(capsys, "scaling", "plan", str(tables / "two.csv"), "--loss", "0.1",
+                         "--bootstraps", "60")
+    assert code == 2
+    assert "does not reach it" in out
+    assert "no architecture of the table has a plan" in err
     code, out, _ = run(capsys, "scaling", "plan", "--history")
     assert "GPT-3: 175B parameters on 300B tokens" in out
     assert "times too large" in out

@@ -43,7 +43,20 @@ def test_several_architectures():
     assert list(data["archs"]) == ["llama", "lstm"]
     assert len(data["archs"]["lstm"]["chance"]) == len(data["budgets"])
     assert 'id="plot-chances"' in text
-    assert '<option value="lstm">' in text
+    assert '<option value="lstm"' in text
+    header = text.split("<header>")[1].split("</header>")[0]
+    assert "the largest budget measured for all" in header
+    assert '<b class="arch">' in header
+    assert 'id="ahead"' in text
+    assert "run against run" not in text  # no two runs have one size and one number of tokens
+
+
+def test_what_is_to_know_of_the_runs_is_in_the_header():
+    found = fit(grid(EPOCH, sizes=5, ratios=5), bootstraps=60)
+    text = page(found, notes=["The best rate is at the <edge>."])
+    header = text.split("<header>")[1].split("</header>")[0]
+    assert "The best rate is at the &lt;edge&gt;." in header
+    assert "at the largest measured budget" in header
 
 
 def test_sizes_that_do_not_matter():
@@ -56,7 +69,7 @@ def test_sizes_that_do_not_matter():
     found = fit(table, bootstraps=60)
     assert any(d.alpha < 0.002 for d in found.draws)
     text = page(found)
-    assert "no best size at" in text
+    assert "not determined by these runs" in text.split("<header>")[1].split("</header>")[0]
     (arch,) = figures(text)["archs"].values()
     assert arch["approaches"][-1]["a"] is None
 

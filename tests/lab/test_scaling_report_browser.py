@@ -1,13 +1,17 @@
 """The scaling page in a real browser: it draws, and the planner answers the mouse."""
 
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.scaling.synthetic import EPOCH, grid
 
 from manyform.lab.scaling_report import write_report
-from manyform.scaling import Chinchilla, fit_archs
+from manyform.scaling import Chinchilla, fit_archs, load, plan
 from manyform.scaling.table import join
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "scaling" / "runs.csv"
 
 webdriver = pytest.importorskip("selenium.webdriver")
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome")
@@ -62,7 +66,8 @@ def test_the_page_draws_and_plans(driver, tmp_path):
     assert float(got["loss"][0]) == pytest.approx(best.loss, abs=2e-3)
     before = got["training cost against the best size"][0]
     move(driver, "share", -0.5)
-    assert float(planned(driver)["training cost against the best size"][0]) > float(before)
+    after = planned(driver)["training cost against the best size"][0]
+    assert float(after.rstrip("x")) > float(before.rstrip("x"))
     move(driver, "share", -1.2)
     assert planned(driver)["parameters"][0] != got["parameters"][0]
     move(driver, "flops", 40)
@@ -72,3 +77,55 @@ def test_the_page_draws_and_plans(driver, tmp_path):
                           "document.getElementById('theme').click();")
     assert not [e for e in driver.get_log("browser") if e["level"] == "SEVERE"]
     driver.save_screenshot(str(tmp_path / "page.png"))
+
+
+@pytest.fixture(scope="module")
+def example(driver, tmp_path_factory):
+    """The page of runs that determine little, and its laws."""
+    runs = load(EXAMPLE)
+    found = fit_archs(runs.take(np.isin(runs.arch, ["llama", "mamba2", "lstm"])), bootstraps=50)
+    driver.get(write_report(found, tmp_path_factory.mktemp("page") / "page.html").as_uri())
+    return found
+
+
+def test_the_planner_agrees_with_python(driver, example):
+    """Word for word: values, intervals, what is not determined, and warnings."""
+    seen = set()
+    for arch, fitted in example.free.items():
+        driver.execute_script("const s = document.getElementById('arch'); s.value = arguments[0];"
+                              "s.dispatchEvent(new Event('change'));", arch)
+        for asked in (10.7, 11.5, 12.5, 13.6, 14.3, 16.0):
+            move(driver, "flops", asked)
+            flops = 10 ** float(driver.execute_script(
+                "return document.getElementById('flops').value;"))
+            made = plan(fitted, flops=flops)
+            got = planned(driver)
+            for what, value, span in made.rows:
+                assert got[what] == [value, span or "–"], (arch, flops)
+            assert set(got) - {what for what, _, _ in made.rows} == {
+                "training cost against the best size"}
+            said = driver.execute_script(
+                "return [...document.querySelectorAll('#far .notice')].map(p => p.textContent);")
+            assert said == [f"{w[0].upper()}{w[1:]}." for w in made.warnings]
+            seen |= {value for _, value, _ in made.rows[:1]}
+    assert "not determined" in seen
+    assert len(seen) > 3
+
+
+def test_no_false_digits(driver, example):
+    """Nowhere a size of 1e-49 parameters, on a phone as on a desk, and nothing runs off the page.
+    """
+    driver.execute_script("const s = document.getElementById('arch'); s.value = 'lstm';"
+                          "s.dispatchEvent(new Event('change'));")
+    for asked in (11, 13, 16):
+        move(driver, "flops", asked)
+        for row in planned(driver).values():
+            assert not any(f"e-{n}" in cell for cell in row for n in range(10))
+    text = driver.find_element("css selector", "header").text
+    assert "the largest budget measured for all" in text
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    try:
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

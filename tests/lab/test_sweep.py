@@ -7,7 +7,7 @@ import pytest
 
 from manyform.errors import ManyformError
 from manyform.lab import cells, sweep
-from manyform.lab.cells import branch_file, read_plan, read_result
+from manyform.lab.cells import branch_file, read_plan, read_result, trial_file
 from manyform.lab.ladder import (
     batch_rule,
     cost,
@@ -20,6 +20,7 @@ from manyform.lab.ladder import (
     train_config,
 )
 from manyform.lab.measure import seeded, validate
+from manyform.lab.tasks import to_json, write_atomically
 from manyform.scaling import load
 from manyform.training import Trainer
 from manyform.training.schedule import learning_rate
@@ -93,6 +94,20 @@ def test_the_table_of_a_sweep(done):
     assert done.laws is None
     assert "too few" in done.why
     assert not list((done.path / "checkpoints").glob("*/*"))
+
+
+def test_a_rate_at_the_edge_is_said(tmp_path):
+    def tried(arch, *scores):
+        for i, (lr, bpb) in enumerate(scores):
+            write_atomically(trial_file(tmp_path, arch, i), to_json({"lr": lr, "bpb": bpb}))
+
+    tried("high", (0.003, 3.1), (0.009, 2.9), (0.026, 2.71), (0.078, 2.70))
+    tried("low", (0.003, 2.5), (0.009, 2.9), (0.026, 3.0), (0.001, 2.4))
+    tried("within", (0.003, 2.5), (0.009, 2.9), (0.026, None), (0.001, 2.6))
+    said = cells.rates_at_edge(tmp_path, ["high", "low", "within", "none"])
+    assert "high (0.078, the highest), low (0.001, the lowest): one beyond it" in said
+    assert "within" not in said
+    assert cells.rates_at_edge(tmp_path, ["within"]) == ""
 
 
 def test_a_branch_is_the_run_of_its_budget(done):

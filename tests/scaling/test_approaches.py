@@ -7,7 +7,8 @@ from tests.scaling.synthetic import EPOCH, HOFFMANN, UNEQUAL, grid, iso, runs
 from manyform.errors import ManyformError
 from manyform.scaling import Chinchilla, fit
 from manyform.scaling.approaches import bias, compare, corrected, envelope, parabolas, spread
-from manyform.scaling.families import fit_archs
+from manyform.scaling.families import fit_archs, paired
+from manyform.scaling.summary import crossing_text, headline
 from manyform.scaling.table import join
 
 BUDGETS = np.geomspace(1e18, 1e21, 6)
@@ -82,6 +83,50 @@ def test_architectures_cross_where_their_laws_do():
     chances = got.chances([1e11, 1e22])
     assert chances["llama"][0] < 0.1 < 0.9 < chances["llama"][1]
     assert np.allclose(chances["llama"] + chances["lstm"], 1)
+
+
+def test_who_is_ahead_is_said_with_its_chance():
+    table = join([grid(law, sizes=5, ratios=6, low=1e6, high=1e9, noise=0.003, seed=seed, arch=name)
+                  for seed, (name, law) in enumerate([
+                      ("best", EPOCH), ("twin", EPOCH),
+                      ("worse", Chinchilla(2.1, 482.01, 2085.43, 0.3478, 0.3658))])])
+    got = fit_archs(table, bootstraps=60)
+    standing = got.standing()
+    assert standing.flops == min(f.largest for f in got.free.values())
+    assert list(standing.losses)[-1] == "worse"
+    assert standing.close == [n for n in ("best", "twin") if n != standing.first]
+    assert standing.chance["worse"] > 0.95
+    assert standing.gaps["worse"][0] > 0
+    assert sum(standing.best.values()) == pytest.approx(1)
+    crossings = got.crossings()
+    text = " ".join(headline(got, crossings))
+    assert "the laws cannot tell it from" in text
+    assert "it is ahead of worse (over 99%)" in text
+    assert "Without a law, the best run within that budget" in text
+    words = {(c.a, c.b): crossing_text(c) for c in crossings}
+    assert "is ahead of worse" in words["best", "worse"]
+    assert "the laws cannot tell" in words["best", "twin"]
+    clear = fit_archs(table.take(table.arch != "twin"), bootstraps=60)
+    text = " ".join(headline(clear, clear.crossings()))
+    assert "best is ahead: " in text
+    assert "no two cross" in text
+
+
+def test_runs_of_the_same_size_and_tokens_are_paired():
+    same = [grid(law, sizes=4, ratios=4, noise=0.0, seed=3) for law in (LLAMA, LSTM)]
+    cells, ahead = paired(*same)
+    assert cells == 16
+    assert ahead == sum(a < b for a, b in zip(same[0].loss, same[1].loss, strict=True))
+    assert paired(same[0], grid(LSTM, sizes=4, ratios=4, low=1e3, high=1e5, seed=3)) == (0, 0)
+
+
+def test_budgets_that_were_not_measured_for_both():
+    got = fit_archs(join([grid(LLAMA, sizes=4, ratios=4, low=1e5, high=1e6, arch="small"),
+                          grid(LSTM, sizes=4, ratios=4, low=1e9, high=1e10, arch="large")]),
+                    bootstraps=60)
+    crossings = got.crossings()
+    assert "no budget was measured for both" in crossing_text(crossings[0])
+    assert "No budget was measured for every architecture" in headline(got, crossings)[0]
 
 
 def test_shared_exponents_beside_free_ones():

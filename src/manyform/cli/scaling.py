@@ -64,9 +64,13 @@ def fit_command(
             counted = countings(_paths(runs), law, arch=arch, columns=_named(columns), bad=bad)
             if len(counted) > 1:
                 typer.echo("\n" + countings_table(counted))
+    notes = [note for path in runs if (note := _notes(Path(path)))]
+    for note in notes:
+        typer.echo(f"\nnote: {note}")
     if report is not None:
         from manyform.lab.scaling_report import write_report
-        typer.echo(f"\nreport: {write_report(families if several else fitted, report)}")
+        found = families if several else fitted
+        typer.echo(f"\nreport: {write_report(found, report, notes=notes)}")
 
 
 @scaling.command("plan")
@@ -104,13 +108,29 @@ def plan_command(
     table = _load(runs, columns, convention, bad)
     if arch is None and len(table.archs) > 1:
         families = fit_archs(table, bootstraps=bootstraps, seed=seed)
-        plans = {name: plan(f, **options) for name, f in families.free.items()}
-        for name, made in plans.items():
-            typer.echo("\n".join([name, *made.lines(), ""]))
+        plans: dict[str, Any] = {}
+        for name, f in families.free.items():
+            try:
+                plans[name] = plan(f, **options)
+                typer.echo("\n".join([name, *plans[name].lines(), ""]))
+            except ManyformError as error:
+                if len(families.free) == 1:
+                    raise
+                typer.echo(f"{name}\nno plan: {error}\n")
+        if not plans:
+            raise ManyformError("no architecture of the table has a plan for this")
         typer.echo(winners(families, {n: p.optimum for n, p in plans.items()}, loss))
         return
     fitted = fit(table, law or "chinchilla", arch=arch, bootstraps=bootstraps, seed=seed)
     typer.echo("\n".join(plan(fitted, **options).lines()))
+
+
+def _notes(path: Path) -> str:
+    """What a sweep's folder says of its runs beside their table."""
+    from manyform.lab.cells import rates_at_edge, read_plan
+    if not (path / "sweep.json").exists():
+        return ""
+    return rates_at_edge(path, read_plan(path)["archs"])
 
 
 def _load(runs: list[str], columns: list[str] | None, convention: str | None, bad: str) -> Any:

@@ -64,6 +64,8 @@ def print_sweep(done: Any) -> None:
         typer.echo("\n" + families_table(done.laws))
     else:
         typer.echo(f"no law: {done.why}")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
     for what, why in done.failures.items():
         typer.echo(f"failed: {what}: {why}")
     typer.echo(f"\nruns: {done.path / 'runs.csv'}")

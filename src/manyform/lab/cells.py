@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,24 @@ def chosen_rate(folder: Path, arch: str) -> float:
     if not finite:
         raise ManyformError(f"no learning rate trained {arch}")
     return min(finite, key=lambda t: t["bpb"])["lr"]
+
+
+def rates_at_edge(folder: Path, archs: Iterable[str]) -> str:
+    """A sentence naming the architectures whose best learning rate is the lowest or the highest of
+    those tried, "" if there are none."""
+    found = []
+    for arch in archs:
+        trials = [t for i in range(TRIALS)
+                  if (t := read_result(trial_file(folder, arch, i))) is not None]
+        finite = [t for t in trials if t.get("bpb") is not None]
+        if len(finite) < 2:
+            continue
+        best, rates = min(finite, key=lambda t: t["bpb"])["lr"], [t["lr"] for t in trials]
+        if best in (min(rates), max(rates)):
+            found.append(f"{arch} ({best:g}, the {'lowest' if best == min(rates) else 'highest'})")
+    return "" if not found else (
+        f"The best learning rate is at the edge of the rates tried for {', '.join(found)}: one "
+        "beyond it may do better.")
 
 
 class _Desk:

@@ -7,7 +7,8 @@ drawn by report_assets/scaling.js from the runs, the laws and the bootstraps emb
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,22 @@ from manyform.errors import ManyformError
 from manyform.lab.frame import asset, chart, chip, escape, fill, looks, scrolling, swatch
 from manyform.lab.tasks import write_atomically
 from manyform.scaling.approaches import Approach, compare, profiles
+from manyform.scaling.best import best
 from manyform.scaling.emergence import Emergence
-from manyform.scaling.families import Families
-from manyform.scaling.fit import Fit
+from manyform.scaling.families import Crossing, Families
+from manyform.scaling.fit import FAR, Fit
 from manyform.scaling.laws import Chinchilla
-from manyform.scaling.summary import approaches_table, crossing_text, families_table
+from manyform.scaling.summary import (
+    approaches_table,
+    caveats,
+    chance,
+    exponents_table,
+    headline,
+)
 from manyform.scaling.table import Array, short
 
-DRAWS = 200
-"""Bootstraps that the page keeps for its planner."""
+LOOSE = 100.0
+"""An interval whose ends are so many times apart has no digits worth printing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,21 +51,22 @@ class Jump:
 
 
 def write_report(found: Fit | Families, path: str | Path, *, title: str = "", command: str = "",
-                 jumps: Mapping[str, Jump] | None = None) -> Path:
+                 jumps: Mapping[str, Jump] | None = None, notes: Sequence[str] = ()) -> Path:
     """Write the page for a fit, or for several architectures, to `path` (a file).
 
-    jumps: an accuracy-like figure by architecture, drawn beside its continuous twin. Raises
-    ManyformError where a law is not of parameters and tokens (chinchilla, overtraining).
+    jumps: an accuracy-like figure by architecture, drawn beside its continuous twin. notes: what to
+    know of the runs, a sentence each. Raises ManyformError where a law is not of parameters and
+    tokens (chinchilla, overtraining).
     """
     target = Path(path)
     if target.is_dir():
         target = target / "scaling.html"
-    write_atomically(target, page(found, title=title, command=command, jumps=jumps))
+    write_atomically(target, page(found, title=title, command=command, jumps=jumps, notes=notes))
     return target
 
 
 def page(found: Fit | Families, *, title: str = "", command: str = "",
-         jumps: Mapping[str, Jump] | None = None) -> str:
+         jumps: Mapping[str, Jump] | None = None, notes: Sequence[str] = ()) -> str:
     """The whole page."""
     jumps = jumps or {}
     fits = dict(found.free) if isinstance(found, Families) else {
@@ -69,13 +78,28 @@ def page(found: Fit | Families, *, title: str = "", command: str = "",
     styles = looks(fits)
     routes = {name: compare(f) for name, f in fits.items()}
     several = found if isinstance(found, Families) and len(fits) > 1 else None
-    planner = asset("planner.html").replace("{{choice}}", _choice(fits))
+    crossings, said, warned = [], [_alone(fits)], list(notes)
+    first = next(iter(fits))
+    if several is not None and _drawn(fits):
+        crossings = several.crossings()
+        said = headline(several, crossings)
+        warned = [*caveats(several, crossings), *notes]
+        if several.common[0] <= several.common[1]:
+            first = several.standing().first
+    planner = asset("planner.html").replace("{{choice}}", _choice(fits, first)).replace(
+        "{{level}}", f"{next(iter(fits.values())).level:.0%}")
+    ahead = _pairs(crossings, styles, several) if several is not None and crossings else ""
+    sections = {"ahead": "Who is ahead"} if ahead else {}
     return fill(
         kind="scaling", title=title or "Scaling law",
-        question=title or "How does the loss fall with compute?", summary=_summary(fits, several),
-        facts=_facts(fits), sections={"law": "Law", "plan": "Planner", "charts": "Charts",
-                                      "words": "In words"},
-        before=f'<section id="law"><h2>The law</h2>{_law(fits, styles)}</section>\n{planner}',
+        question=title or "How does the loss fall with compute?", summary=_named(said[0], fits),
+        notice="".join(f'<p class="said">{_named(n, fits)}</p>' for n in said[1:]) + (
+            f'<div class="notice">{"".join(f"<p>{_named(n, fits)}</p>" for n in warned)}</div>'
+            if warned else ""),
+        facts=_facts(fits), sections=sections | {"law": "Law", "plan": "Planner",
+                                                 "charts": "Charts", "words": "In words"},
+        before=f'{ahead}<section id="law"><h2>The law</h2>{_law(fits, styles)}</section>\n'
+               f"{planner}",
         legend="".join(chip(n, styles[n], n or "runs") for n in fits),
         charts=_charts(fits, several, jumps),
         after='<section id="words"><h2>In words</h2>'
@@ -89,11 +113,12 @@ def payload(fits: dict[str, Fit], styles: dict[str, Any], routes: dict[str, list
     """What the charts and the planner are drawn from."""
     smallest = min(float(f.runs.flops.min()) for f in fits.values())
     largest = max(f.largest for f in fits.values())
-    budgets = np.geomspace(smallest, largest * 100, 61)
+    budgets = np.geomspace(smallest, largest * FAR, 61)
     chances = several.chances(budgets) if several and _drawn(fits) else {}
     first = next(iter(fits.values()))
     return {"metric": "loss" if first.runs.metric == "loss" else first.runs.metric,
-            "level": first.level, "smallest": smallest, "largest": largest,
+            "level": first.level, "smallest": smallest, "largest": largest, "far": FAR,
+            "common": several.common[1] if several else largest,
             "budgets": budgets.tolist(), "order": list(fits), "archs": {
                 name: {**styles[name], **_arch(f, budgets, routes[name]),
                        "chance": _plain(chances[name]) if name in chances else [],
@@ -120,8 +145,8 @@ def _arch(f: Fit, budgets: Any, routes: list[Approach]) -> dict[str, Any]:
     return {"params": runs.params.tolist(), "tokens": runs.tokens.tolist(),
             "loss": runs.loss.tolist(), "flops": runs.flops.tolist(),
             "residuals": _plain(f.residuals()), "frontier": frontier, "profiles": shown,
-            "per_token": f.per_token, "largest": f.largest, "law": _five(f.law),
-            "draws": [_five(d) for d in f.draws[:DRAWS]],
+            "per_token": f.per_token, "smallest": float(runs.flops.min()), "largest": f.largest,
+            "law": _five(f.law), "draws": [_five(d, 9) for d in f.draws],
             "approaches": [{"name": x.name, "a": _number(x.a), "low": _number(x.low),
                             "high": _number(x.high)} for x in routes]}
 
@@ -134,8 +159,10 @@ def _jump(jump: Jump) -> dict[str, Any]:
             "smooth": smooth.tolist()}
 
 
-def _five(law: Any) -> list[float | None]:
-    return [_number(getattr(law, n)) for n in ("E", "A", "B", "alpha", "beta")]
+def _five(law: Any, digits: int = 17) -> list[float | None]:
+    """The coefficients; so many digits of them, for a page holds a thousand bootstraps."""
+    return [_number(float(f"{getattr(law, n):.{digits}g}"))
+            for n in ("E", "A", "B", "alpha", "beta")]
 
 
 def _number(value: float) -> float | None:
@@ -152,29 +179,82 @@ def _drawn(fits: dict[str, Fit]) -> bool:
 
 # Words
 
-def _summary(fits: dict[str, Fit], several: Families | None) -> str:
-    if several is None:
-        name, f = next(iter(fits.items()))
-        text = f"The best size grows as C^{f.a:.2f}"
-        if f.draws:
-            low, high = f.interval("a")
-            text += f" (between {low:.2f} and {high:.2f})"
-        try:
-            best = f.counted(f.law, f.largest)
-            text += (f"; at the largest measured budget it is {short(best.params)} parameters on "
-                     f"{short(best.tokens)} tokens")
-        except ManyformError as error:
-            text = str(error)
-        return escape(f"{name + ': ' if name else ''}{text}.")
-    crossings = several.crossings() if _drawn(fits) else []
-    found = [c for c in crossings if c.flops is not None]
-    if found:
-        return escape(". ".join(crossing_text(c).split(";")[0] for c in found[:3]) + ".")
-    largest = max(f.largest for f in fits.values())
-    losses = {n: float(f.frontier([largest])[0][0]) for n, f in fits.items()}
-    ahead = min(losses, key=lambda n: losses[n])
-    return escape(f"At the largest measured budget {ahead} has the least loss, each architecture "
-                  "at its best size; the fitted frontiers do not cross within ten times of it.")
+def _named(text: str, fits: dict[str, Fit]) -> str:
+    """Markup of a sentence, in which the names of architectures stand out."""
+    names = sorted(filter(None, (escape(n) for n in fits)), key=len, reverse=True)
+    if not names:
+        return escape(text)
+    found = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)")
+    return found.sub(r'<b class="arch">\1</b>', escape(text))
+
+
+def _alone(fits: dict[str, Fit]) -> str:
+    """One law, or several without bootstraps, in a sentence."""
+    if len(fits) > 1:
+        high = min(f.largest for f in fits.values())
+        losses = {n: float(f.frontier([high])[0][0]) for n, f in fits.items()}
+        ahead = min(losses, key=lambda n: losses[n])
+        return (f"At {high:.2g} FLOPs {ahead} has the least loss, {losses[ahead]:.3f}; without "
+                "bootstraps nothing says how surely.")
+    name, f = next(iter(fits.items()))
+    text = f"{name + ': ' if name else ''}The best size grows as C^{f.a:.2f}"
+    if f.draws:
+        low, high = f.interval("a")
+        text += f" (between {low:.2f} and {high:.2f})"
+    found = best(f, f.largest)
+    if not found.determined:
+        return (f"{text}; at the largest measured budget, {f.largest:.2g} FLOPs, it is not "
+                "determined by these runs.")
+    o = found.optimum
+    return (f"{text}; at the largest measured budget, {f.largest:.2g} FLOPs, it is "
+            f"{short(o.params)} parameters on {short(o.tokens)} tokens.")
+
+
+def _pairs(crossings: Sequence[Crossing], styles: dict[str, Any], several: Families) -> str:
+    """Each two architectures over the budgets that were measured for both, by who is ahead."""
+    high = several.common[1]
+    losses = {n: float(own[0]) for n, (own, _) in several.frontiers([high]).items()}
+    rank = {n: i for i, n in enumerate(sorted(losses, key=lambda n: losses[n]))}
+    paired = any(c.cells for c in crossings)
+    body = "".join(_pair(c, styles, paired) for c in sorted(
+        crossings, key=lambda c: sorted((rank[c.a], rank[c.b]))))
+    heads = ('<tr><th scope="col">lower loss</th><th scope="col">chance</th>'
+             '<th scope="col" class="n">by (90% interval)</th>'
+             '<th scope="col" class="n">at FLOPs</th><th scope="col">the laws cross, FLOPs</th>'
+             + ('<th scope="col" class="n">run against run</th>' if paired else "") + "</tr>")
+    last = (" Run against run: at the same size and tokens, without a law, how often the first has "
+            "the lower loss." if paired else "")
+    return ('<section id="ahead"><h2>Who is ahead</h2><p class="note">At the same training FLOPs, '
+            "at the largest budget that was measured for both, each at the best size that its runs "
+            "cover. Chance: the share of the laws’ bootstraps; between 5% and 95% they cannot tell."
+            f'{last}</p>{scrolling("Who is ahead", heads, body)}</section>')
+
+
+def _pair(c: Crossing, styles: dict[str, Any], paired: bool) -> str:
+    other = c.b if c.last == c.a else c.a
+    if c.smallest > c.largest:
+        cells = "<td>no budget was measured for both</td><td></td><td></td><td></td>"
+    else:
+        sure = c.chance_high if c.last == c.a else 1 - c.chance_high
+        low, high = sorted((c.gap_low, c.gap_high) if c.last == c.b else
+                           (-c.gap_low, -c.gap_high))
+        where = "no" if c.flops is None else f"at {c.flops:.2g}" + ("" if c.passes else
+                                                                    ", not settled")
+        if c.passes and c.low is not None:
+            where += f'<br><span class="none">{c.low:.2g} to {c.high:.2g}</span>'
+        if c.beyond is not None:
+            where += (f'<br><span class="none">extrapolated: {c.beyond:.2g}, '
+                      f"{c.beyond / c.largest:.1f} times the largest</span>")
+        tag, verdict = ("shown", "") if c.sure_high else ("tie", ": cannot tell")
+        cells = (f'<td><span class="tag {tag}">{chance(sure)}{verdict}</span></td>'
+                 f'<td class="n">{abs(c.gap):.3f}<br><span class="none">{low:.3f} to {high:.3f}'
+                 f'</span></td><td class="n">{c.largest:.2g}</td><td>{where}</td>')
+    if paired:
+        count = c.ahead if c.last == c.a else c.cells - c.ahead
+        cells += f'<td class="n">{f"{count} of {c.cells}" if c.cells else "–"}</td>'
+    return (f'<tr><th scope="row" class="pair">{swatch(styles[c.last])}{escape(c.last)}<br>'
+            f'<span class="none">over</span> {swatch(styles[other])}{escape(other)}</th>{cells}'
+            "</tr>")
 
 
 def _facts(fits: dict[str, Fit]) -> list[tuple[str, str]]:
@@ -190,58 +270,72 @@ def _facts(fits: dict[str, Fit]) -> list[tuple[str, str]]:
 
 
 def _law(fits: dict[str, Fit], styles: dict[str, Any]) -> str:
-    names = ("E", "A", "B", "alpha", "beta", "a")
-    head = "".join(f'<th scope="col" class="n">{n}</th>' for n in names)
+    names = {"E": "floor", "A": "of size", "B": "of tokens", "alpha": "exponent of size",
+             "beta": "exponent of tokens", "a": "best size ~ C^a"}
+    head = "".join(f'<th scope="col" class="n">{n}<br>{words}</th>' for n, words in names.items())
     body = ""
     for arch, f in fits.items():
         cells = ""
         for n in names:
-            text = f"{getattr(f, n):.4g}"
+            text = f"{getattr(f, n):.3g}"
             if f.draws:
                 low, high = f.interval(n)
-                text += f'<br><span class="none">{low:.3g} to {high:.3g}</span>'
+                loose = n != "E" and n != "a" and not high < LOOSE * low
+                span = "not determined" if loose else f"{short(low)} to {short(high)}"
+                text += f'<br><span class="none">{span}</span>'
             cells += f'<td class="n">{text}</td>'
         held = "–" if f.held_out is None else (
-            f"{100 * f.held_out.error:+.2f}%<br><span class=\"none\">{f.held_out.rows} points, "
-            f"{100 * f.held_out.worst:+.2f}% at worst</span>")
+            f"{100 * f.held_out.error:+.1f}%<br><span class=\"none\">worst "
+            f"{100 * f.held_out.worst:+.1f}%</span>")
         name = f"{swatch(styles[arch])}<span>{escape(arch or 'runs')}</span>"
         body += (f'<tr><th scope="row">{name}</th>{cells}'
-                 f'<td class="n">{held}</td><td class="n">{100 * f.sigma:.2g}%</td></tr>')
-    top = (f'<tr><th scope="col">L = E + A / N^alpha + B / D^beta</th>{head}'
+                 f'<td class="n">{held}</td><td class="n">{100 * f.sigma:.1g}%</td></tr>')
+    top = (f'<tr><th scope="col"></th>{head}'
            '<th scope="col" class="n">held out</th><th scope="col" class="n">scatter</th></tr>')
-    return (scrolling("Coefficients", top, body)
-            + '<p class="note">Small figures are intervals of the bootstraps. A and B trade off '
-            "against the exponents: their digits are not knowledge, the exponents, the optimum and "
-            "the loss are. Held out: the largest budgets, predicted by the others.</p>")
+    level = f"{next(iter(fits.values())).level:.0%}"
+    return ('<p class="note">L = E + A / N^alpha + B / D^beta: the loss of N parameters trained on '
+            "D tokens. Below each figure its "
+            f"{level} interval over the bootstraps; “not determined” where its ends are more than "
+            f"{LOOSE:.0f} times apart. A and B trade off against the exponents, so read the "
+            "exponents, the optimum and the loss. Held out: the runs of the largest budgets, "
+            "predicted by a law of the others. Scatter: of the runs around the law.</p>"
+            + scrolling("Coefficients", top, body))
 
 
-def _choice(fits: dict[str, Fit]) -> str:
+def _choice(fits: dict[str, Fit], first: str) -> str:
     if len(fits) == 1:
         return ""
-    options = "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in fits)
+    options = "".join(f'<option value="{escape(n)}"{" selected" if n == first else ""}>'
+                      f"{escape(n)}</option>" for n in fits)
     return f'<label>Architecture <select id="arch">{options}</select></label>'
 
 
 def _charts(fits: dict[str, Fit], several: Families | None, jumps: Mapping[str, Jump]) -> str:
     charts = [("frontier", "Loss against compute", "Each point a run; the line is the law at the "
-               "best size for the compute, the band its interval.", "wide")]
+               "best size that the runs cover at the compute, the band its interval. In the shaded "
+               "part, up to ten times the largest budget, nothing was run.", "wide")]
     if any(profiles(f.runs) for f in fits.values()):
         charts.append(("profiles", "IsoFLOP profiles", "Sizes at one budget. Solid: the parabola "
                        "of approach 2; dotted: the law.", ""))
-    charts += [("residuals", "Residuals", "What the law leaves; the colour of a point is its size. "
-                "A trend would mean that the law is of the wrong form.", ""),
-               ("exponents", "Exponents by approach", "Envelope of the curves, isoFLOP "
-                "parabolas (plain and corrected for their bias), and the law.", "")]
+    charts += [("residuals", "Residuals", "How far each run lies from its law; a larger mark is a "
+                "larger model. A trend would mean that the law is of the wrong form.", ""),
+               ("exponents", "How the best size grows", "Exponent a of the best size, C^a, with "
+                "its interval, by each approach that the runs allow (1 envelope of the curves, 2 "
+                "isoFLOP parabolas, 3 the fitted law). A long bar: not determined.", "")]
     if several is not None and _drawn(fits):
         charts.append(("chances", "Which architecture wins", "The share of the bootstraps in which "
-                       "each has the least loss, at its best size. Right of the dotted line "
-                       "nothing was measured.", ""))
+                       "each has the least loss, at the best size that its runs cover. In the "
+                       "shaded part nothing was run.", ""))
     if jumps:
         length = next(iter(jumps.values())).length
+        absent = [n for n in fits if n not in jumps]
+        missing = "" if not absent else (
+            f" Not here: {', '.join(absent)}, whose law gives the runs no such compute near the "
+            "measured budgets.")
         charts += [("exact", "Exact match", f"The share of {length} tokens in a row that are all "
                     "the most likely ones; the line is p^L with p from the smooth law of the "
-                    "chart beside it. Runs stand at the compute whose best model equals them.",
-                    ""),
+                    "chart beside it. Runs stand at the compute whose best model equals them."
+                    + missing, ""),
                    ("twin", "Its continuous twin", "Mean nats of a token of the same text, and a "
                     "smooth law through them. A jump is real only if it breaks here too.", "")]
     return "".join(chart(*each) for each in charts)
@@ -249,13 +343,14 @@ def _charts(fits: dict[str, Fit], several: Families | None, jumps: Mapping[str, 
 
 def _words(fits: dict[str, Fit], routes: dict[str, list[Approach]],
            found: Fit | Families, jumps: Mapping[str, Jump]) -> str:
-    out = "" if isinstance(found, Fit) else f"<pre>{escape(families_table(found))}</pre>"
+    out = "" if isinstance(found, Fit) else f"<pre>{escape(exponents_table(found))}</pre>"
     for name, f in fits.items():
-        heading = f"<h3>{escape(name)}</h3>" if name else ""
-        out += (f"{heading}<pre>{escape(f.summary())}\n\n{escape(approaches_table(routes[name]))}"
-                "</pre>")
+        text = f"<pre>{escape(f.summary())}\n\n{escape(approaches_table(routes[name]))}</pre>"
         if name in jumps:
-            out += f"<p>{escape(jumps[name].found.text)}</p>"
+            text += f"<p>{escape(jumps[name].found.text)}</p>"
+        out += text if len(fits) == 1 else (
+            f'<details class="each"><summary>The law of {escape(name)} in full</summary>{text}'
+            "</details>")
     return out
 
 

@@ -22,7 +22,15 @@ from manyform.errors import ManyformError
 from manyform.lab import ladder as rules
 from manyform.lab import live
 from manyform.lab.calibrate import step_seconds
-from manyform.lab.cells import Piece, branch_file, read_plan, read_result, trial_file, work
+from manyform.lab.cells import (
+    Piece,
+    branch_file,
+    rates_at_edge,
+    read_plan,
+    read_result,
+    trial_file,
+    work,
+)
 from manyform.lab.compare import _checked, _describe, _entry, _spec
 from manyform.lab.executors import run_all, sentence
 from manyform.lab.ladder import Rung, rung_from
@@ -31,6 +39,7 @@ from manyform.lab.plan import TRIALS, parse_budget
 from manyform.lab.scaling_report import Jump, write_report
 from manyform.lab.tasks import to_json, write_atomically
 from manyform.scaling import Families, Runs, emergence, fit_archs, load
+from manyform.scaling.fit import FAR
 
 DEFAULT_ARCHS = ("llama", "mamba2", "gated_delta_net", "lstm")
 SAFETY = 0.85  # of a time budget is planned; the rest absorbs noise and evaluation
@@ -45,7 +54,8 @@ _COLUMNS = ("arch", "run", "seed", "params", "tokens", "flops", "bpb", "conventi
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """A sweep's folder, the runs that are finished, the laws that they carry (None where they carry
-    none yet, and `why`), the page or None, and what failed (piece: sentence)."""
+    none yet, and `why`), the page or None, and what failed (piece: sentence). notes: what to know
+    of the runs, a sentence each."""
 
     path: Path
     runs: Runs | None
@@ -54,6 +64,7 @@ class Sweep:
     report: Path | None
     failures: dict[str, str]
     complete: bool
+    notes: tuple[str, ...] = ()
 
 
 def sweep(data: str | Path | None = None, *, archs: Sequence[str] | str | None = None,
@@ -299,16 +310,18 @@ def _run(folder: Path, plan: dict[str, Any], executor: str, options: dict[str, A
     failures |= lost
     expected = len(alive) * plan["settings"]["seeds"] * sum(len(r.steps) for r in ladder)
     runs, laws, why, page = None, None, "no run is finished", None
+    edge = rates_at_edge(folder, alive)
+    notes = (edge,) if edge else ()
     if rows:
         try:
             runs = load(folder)
             laws, why = fit_archs(runs, bootstraps=bootstraps), ""
             page = write_report(laws, folder / "report.html", command=plan["command"],
                                 title=f"How do they scale on “{plan['data']['name']}”?",
-                                jumps=find_jumps(laws, rows))
+                                jumps=find_jumps(laws, rows), notes=notes)
         except ManyformError as error:
             why = str(error)
-    return Sweep(folder, runs, laws, why, page, failures, len(rows) == expected)
+    return Sweep(folder, runs, laws, why, page, failures, len(rows) == expected, notes)
 
 
 def _gather(folder: Path, plan: dict[str, Any], ladder: Sequence[Rung], alive: Sequence[str],
@@ -336,7 +349,8 @@ def find_jumps(laws: Families, rows: Sequence[Mapping[str, Any]]) -> dict[str, J
     """Exact match over scale, tested for each architecture that has a law.
 
     Runs of different sizes and tokens stand on one scale: the compute at which the law's best model
-    has the loss that the law gives the run. Architectures without such a scale are left out.
+    has the loss that the law gives the run. Architectures whose law gives no such scale, or one far
+    from the measured budgets, are left out.
     """
     out = {}
     for name, fitted in laws.free.items():
@@ -344,7 +358,8 @@ def find_jumps(laws: Families, rows: Sequence[Mapping[str, Any]]) -> dict[str, J
         try:
             scale = np.array([fitted.counted(fitted.law, loss=float(
                 fitted.law.predict(r["params"], r["tokens"]))).flops for r in mine])
-            if not np.isfinite(scale).all():
+            near = fitted.runs.flops.min() / FAR <= scale
+            if not (near & (scale <= fitted.largest * FAR)).all():
                 continue
             out[name] = Jump(scale, np.array([r["exact"] for r in mine]),
                              np.array([r["span_nats"] for r in mine]), mine[0]["exact_tokens"],

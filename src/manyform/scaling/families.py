@@ -47,31 +47,119 @@ class Families:
         return chances(drawn)
 
     def crossings(self, *, shared: bool = False, reach: float = 10.0) -> list[Crossing]:
-        """Where the frontiers of each two architectures cross, between the smallest measured
-        budget and `reach` times the largest."""
+        """Each two architectures over compute; see `crossing`."""
         fits = self.shared if shared else self.free
         names = list(fits)
         return [crossing(fits[a], fits[b], a, b, reach=reach)
                 for i, a in enumerate(names) for b in names[i + 1:]]
 
+    @property
+    def common(self) -> tuple[float, float]:
+        """The smallest and the largest budget that were measured for every architecture."""
+        return (max(float(f.runs.flops.min()) for f in self.free.values()),
+                min(f.largest for f in self.free.values()))
+
+    def standing(self) -> Standing:
+        """Who is ahead at the largest budget that was measured for every architecture.
+
+        Raises ManyformError without bootstraps, and where no budget was measured for all.
+        """
+        low, high = self.common
+        if low > high:
+            raise ManyformError("no budget was measured for every architecture: one begins at "
+                                f"{low:.3g} FLOPs where another ends at {high:.3g}")
+        found = self.frontiers([high])
+        drawn = {n: d[:, 0] for n, (_, d) in found.items()}
+        losses = {n: float(own[0]) for n, (own, _) in found.items() if np.isfinite(own[0])}
+        order = sorted(losses, key=lambda n: losses[n])
+        if not order:
+            raise ManyformError("no law has a frontier at the largest measured budget")
+        behind = {n: _gap(drawn[order[0]], drawn[n]) for n in order[1:]}
+        best = chances({n: d[:, None] for n, d in drawn.items()})
+        return Standing(high, {n: losses[n] for n in order}, {n: g[0] for n, g in behind.items()},
+                        {n: (g[1], g[2]) for n, g in behind.items()},
+                        {n: float(c[0]) for n, c in best.items()},
+                        {n: float(f.runs.loss[f.runs.flops <= high * 1.001].min())
+                         for n, f in self.free.items()})
+
+
+SURE = 0.95
+"""A chance from which on the laws tell who is ahead; between 1 - SURE and SURE they do not. Gaps
+have the interval whose ends are exceeded with these chances."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Architectures at one budget, each at the best size that its runs cover. losses: by the laws,
+    the least first. chance: for each but the first, of the bootstraps in which the first is ahead
+    of it; gaps: interval of its loss above the first's. best: the chance to have the least loss.
+    runs: the least loss of a run within the budget, without a law."""
+
+    flops: float
+    losses: dict[str, float]
+    chance: dict[str, float]
+    gaps: dict[str, tuple[float, float]]
+    best: dict[str, float]
+    runs: dict[str, float]
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.losses))
+
+    @property
+    def close(self) -> list[str]:
+        """Those that the laws cannot tell from the first."""
+        return [n for n, p in self.chance.items() if not p >= SURE]
+
 
 @dataclass(frozen=True)
 class Crossing:
-    """Two architectures over compute. flops: where the fitted frontiers cross, None where they do
-    not within the range; low, high: the middle 95% of the bootstraps' crossings; crossed: the
-    share of the bootstraps that cross within it. first: which is ahead at the smallest budget;
-    chance_low, chance_high: the chance that `a` is ahead at the smallest and at the largest
-    measured budget."""
+    """Two architectures over compute, each at the best size that its runs cover.
+
+    smallest, largest: budgets that were measured for both (smallest > largest: none was).
+    flops: where the fitted frontiers cross last between them, None where they do not; low, high:
+    the middle 95% of the bootstraps' crossings there (None below 20 of them); crossed: the share of
+    the bootstraps that cross there. beyond: where they cross next up to `reach` times the largest,
+    an extrapolation, or None. first, last: who is ahead at the smallest and at the largest;
+    chance_low, chance_high: the chance that `a` is ahead there. gap: loss of `a` minus that of `b`
+    at the largest, with its interval. cells, ahead: pairs of runs of one size and one number of
+    tokens, and in how many `a` has the lower loss; no law is behind these.
+    """
 
     a: str
     b: str
+    smallest: float
+    largest: float
     flops: float | None
     low: float | None
     high: float | None
     crossed: float
+    beyond: float | None
     first: str
+    last: str
     chance_low: float
     chance_high: float
+    gap: float
+    gap_low: float
+    gap_high: float
+    cells: int
+    ahead: int
+
+    @property
+    def sure_low(self) -> bool:
+        """Whether the laws tell who is ahead at the smallest budget."""
+        return not 1 - SURE < self.chance_low < SURE
+
+    @property
+    def sure_high(self) -> bool:
+        """Whether the laws tell who is ahead at the largest budget."""
+        return not 1 - SURE < self.chance_high < SURE
+
+    @property
+    def passes(self) -> bool:
+        """Whether the laws show, surely, one passing the other."""
+        return self.flops is not None and self.sure_low and self.sure_high \
+            and self.first != self.last
 
 
 def fit_archs(data: Any, *, share: Sequence[str] = ("E", "alpha", "beta"), bootstraps: int = 1000,
@@ -149,41 +237,75 @@ def chances(drawn: dict[str, Array]) -> dict[str, Array]:
 
 def crossing(first: Fit, second: Fit, a: str = "a", b: str = "b", *, reach: float = 10.0,
              ) -> Crossing:
-    """Where the frontiers of two laws cross, from the smallest measured budget of the two to
-    `reach` times the largest."""
+    """Who is ahead of two laws between the smallest and the largest budget that were measured for
+    both, where their frontiers cross there, and where next up to `reach` times the largest."""
     for fitted in (first, second):
         require(fitted.runs, "chinchilla")
         if not isinstance(fitted.law, Chinchilla):
             raise ManyformError("crossings are of laws of parameters and tokens (chinchilla)")
-    low = min(first.runs.flops.min(), second.runs.flops.min())
-    high = max(first.largest, second.largest)
-    budgets = np.geomspace(low, high * reach, 241)
-    measured = int(np.searchsorted(budgets, high)) - 1
+    low = max(float(first.runs.flops.min()), float(second.runs.flops.min()))
+    high = min(first.largest, second.largest)
+    inside = np.geomspace(low, high, 161)
+    budgets = np.concatenate([inside, high * np.geomspace(1, reach, 81)[1:]])
     (best_a, drawn_a), (best_b, drawn_b) = first.frontier(budgets), second.frontier(budgets)
     count = min(len(drawn_a), len(drawn_b))
     with np.errstate(invalid="ignore"):
-        gaps = drawn_a[:count] - drawn_b[:count]
+        gaps, own = drawn_a[:count] - drawn_b[:count], best_a - best_b
     gaps = gaps[np.isfinite(gaps).all(1)]
-    found = np.array([_zero(budgets, g) for g in gaps])
+    last = len(inside) - 1
+    found = np.array([_zero(inside, g[:last + 1], last=True) for g in gaps])
     crossed = np.isfinite(found)
-    at = _zero(budgets, best_a - best_b)
     within: tuple[float | None, float | None] = (None, None)
     if crossed.sum() >= 20:
         lower, upper = np.quantile(found[crossed], [0.025, 0.975])
         within = (float(lower), float(upper))
-    some = len(gaps) > 0
+    at, after = _zero(inside, own[:last + 1], last=True), _zero(budgets[last:], own[last:])
+    spread = np.quantile(gaps[:, last], [1 - SURE, SURE]) if len(gaps) else (np.nan, np.nan)
     return Crossing(
-        a, b, float(at) if np.isfinite(at) else None, within[0], within[1],
-        float(crossed.mean()) if some else float("nan"), a if best_a[0] <= best_b[0] else b,
-        float((gaps[:, 0] < 0).mean()) if some else float("nan"),
-        float((gaps[:, measured] < 0).mean()) if some else float("nan"))
+        a, b, low, high, _known(at), within[0], within[1],
+        float(crossed.mean()) if len(gaps) else float("nan"), _known(after),
+        a if own[0] <= 0 else b, a if own[last] <= 0 else b,
+        float((gaps[:, 0] < 0).mean()) if len(gaps) else float("nan"),
+        float((gaps[:, last] < 0).mean()) if len(gaps) else float("nan"),
+        float(own[last]), float(spread[0]), float(spread[1]), *paired(first.runs, second.runs))
 
 
-def _zero(budgets: Array, gap: Array) -> float:
-    """The first budget at which the gap changes its sign, NaN where it never does."""
+def paired(first: Runs, second: Runs) -> tuple[int, int]:
+    """Cells of one size (within 10%) and one number of tokens (within 2%) that both have, and in
+    how many `first` has the lower loss; several runs of a cell are averaged."""
+    cells = ahead = 0
+    seen: set[tuple[int, ...]] = set()
+    for n, d in zip(first.params, first.tokens, strict=True):
+        mine, other = (np.flatnonzero((np.abs(r.params / n - 1) < 0.1)
+                                      & (np.abs(r.tokens / d - 1) < 0.02)) for r in (first, second))
+        if tuple(mine) in seen or not len(other):
+            continue
+        seen.add(tuple(mine))
+        cells += 1
+        ahead += bool(first.loss[mine].mean() < second.loss[other].mean())
+    return cells, ahead
+
+
+def _gap(first: Array, other: Array) -> tuple[float, float, float]:
+    """The chance that `first` is below `other`, and the interval of other - first."""
+    count = min(len(first), len(other))
+    gaps = other[:count] - first[:count]
+    gaps = gaps[np.isfinite(gaps)]
+    if not len(gaps):
+        return float("nan"), float("nan"), float("nan")
+    low, high = np.quantile(gaps, [1 - SURE, SURE])
+    return float((gaps > 0).mean()), float(low), float(high)
+
+
+def _known(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _zero(budgets: Array, gap: Array, *, last: bool = False) -> float:
+    """The first (or the last) budget at which the gap changes its sign, NaN where it never does."""
     change = np.flatnonzero(np.diff(np.sign(gap)) != 0)
     if not len(change):
         return float("nan")
-    i = int(change[0])
+    i = int(change[-1 if last else 0])
     share = gap[i] / (gap[i] - gap[i + 1])
     return float(np.exp(np.log(budgets[i]) + share * np.log(budgets[i + 1] / budgets[i])))

@@ -190,22 +190,24 @@ class Fit:
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             size = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) \
                 * product ** (beta / (alpha + beta))
-            size = np.clip(size, *self._measured(product))
+            size = np.clip(size, *self.covered(product))
             losses = E + A * size**-alpha + B * (product / size) ** -beta
         bends = ((A > 0) & (B > 0) & (alpha > 0) & (beta > 0))[:, 0]
         losses[~bends] = np.nan
         return losses[0], losses[1:]
 
-    def _measured(self, product: Array) -> tuple[Array, Array]:
+    def covered(self, product: Array, slack: float = 1.0) -> tuple[Array, Array]:
         """The smallest and the largest size at which parameters, tokens and tokens per parameter
-        lie within those measured."""
+        lie within those measured, where parameters times tokens are `product` (m,); with slack
+        each of the three may lie so many times outside."""
         params, tokens, ratio = self.runs.params, self.runs.tokens, self.runs.tokens / \
             self.runs.params
-        further = np.maximum(1.0, product * self.per_token / self.largest)
-        smallest = np.max([np.full_like(product, params.min()), np.sqrt(product / ratio.max()),
+        further = slack * np.maximum(1.0, product * self.per_token / self.largest)
+        smallest = np.max([np.full_like(product, params.min() / slack),
+                           np.sqrt(product / (ratio.max() * slack)),
                            product / (tokens.max() * further)], axis=0)
-        largest = np.min([params.max() * further, np.sqrt(product / ratio.min()),
-                          product / tokens.min()], axis=0)
+        largest = np.min([params.max() * further, np.sqrt(product * slack / ratio.min()),
+                          product * slack / tokens.min()], axis=0)
         return np.minimum(smallest, largest), largest
 
     def extrapolation(self, flops: Any) -> str:

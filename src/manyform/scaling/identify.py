@@ -11,6 +11,8 @@ from manyform.scaling.table import short
 if TYPE_CHECKING:
     from manyform.scaling.fit import Fit
 
+WIDE = 0.2
+"""Width from which on the interval of the best size's exponent does not determine it."""
 _SCALES = ("A", "B", "Nc", "Dc", "Cc")
 
 
@@ -51,7 +53,7 @@ def statements(fit: Fit) -> list[str]:
                        "above it.")
     if hasattr(type(fit.law), "a"):
         low, high = fit.interval("a")
-        if high - low > 0.2:
+        if high - low > WIDE:
             out.append(f"The exponent of the best size is known only to lie between {low:.2f} and "
                        f"{high:.2f}: a hundredfold budget changes the best size by a factor of "
                        f"{short(100**low)} to {short(100**high)}.")

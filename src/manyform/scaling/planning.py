@@ -1,17 +1,19 @@
 """Planning with a law: what to train for a budget, and what a smaller, longer trained model saves.
 
-A law is a fit, or a published one by name. Far beyond what was measured a number never comes alone:
-with a fit its interval and a warning, with a published law a warning and the range of the others.
+A law is a fit, or a published one by name. With a fit the best size is a number only where its runs
+determine it (`manyform.scaling.best`), and outside what was measured it comes with its distance.
+With a published law a warning and the range of the others come with a number far outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from manyform.errors import ManyformError, unknown
+from manyform.scaling.best import Row, best, budget_for, times
 from manyform.scaling.fit import FAR, Fit, FittedOptimum
 from manyform.scaling.laws import PUBLISHED, Allocation, Chinchilla, Law, Optimum, Published
 from manyform.scaling.table import short
@@ -30,12 +32,14 @@ HISTORY = {"GPT-3": (175e9, 300e9), "Gopher": (280e9, 300e9), "Chinchilla": (70e
 @dataclass(frozen=True)
 class Smaller:
     """A smaller model trained longer to the same loss. training, serving: its cost as a share of
-    the compute-optimal model's (serving: per token)."""
+    the compute-optimal model's (serving: per token). far: how many times its tokens per parameter,
+    its size or its tokens lie outside those of the runs (1 inside, and for a published law)."""
 
     params: float
     tokens: float
     training: float
     serving: float
+    far: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,14 @@ class Serving:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train. source: whose law. budget: how the FLOPs came about. smaller: at the same
-    loss, empty where the law predicts none. others: sizes by the other published rules at the same
-    FLOPs. warnings: one sentence each."""
+    """What to train. source: whose law. budget: how the FLOPs came about. rows: the model in words.
+    smaller: at the same loss, empty where the law predicts none or the best size is not determined.
+    others: sizes by the other published rules at the same FLOPs. warnings: one sentence each."""
 
     source: str
     budget: str
     optimum: Optimum
+    rows: tuple[Row, ...]
     smaller: tuple[Smaller, ...]
     serving: Serving | None
     others: dict[str, Optimum]
@@ -66,27 +71,16 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        o = self.optimum
-        spans = o.intervals if isinstance(o, FittedOptimum) else {}
         out = [f"by {self.source}", self.budget, ""]
-        rows = (("parameters", o.params, "params"), ("tokens", o.tokens, "tokens"),
-                ("tokens per parameter", o.tokens_per_param, "tokens_per_param"),
-                ("training FLOPs", o.flops, "flops"), ("loss", o.loss, "loss"))
-        for what, value, name in rows:
-            if value is None:
-                continue
-            number = f"{value:.4g}" if what in ("loss", "training FLOPs") else short(value)
-            text = f"  {what:<22}{number:<10}"
-            if name in spans:
-                low, high = spans[name]
-                text += f"[{short(low)}, {short(high)}]" if what != "loss" \
-                    else f"[{low:.4g}, {high:.4g}]"
-            out.append(text.rstrip())
+        wide = max(22, *(len(what) + 2 for what, _, _ in self.rows))
+        out += [f"  {what:<{wide}}{value:<10}{f'  [{span}]' if span else ''}".rstrip()
+                for what, value, span in self.rows]
         if self.smaller:
             out += ["", "smaller models of the same loss, trained longer:",
                     "  parameters  tokens    per parameter  training  serving a token"]
             out += [f"  {short(s.params):<12}{short(s.tokens):<10}{s.tokens / s.params:<15,.0f}"
-                    f"{s.training:<10.2f}{s.serving:.2f}" for s in self.smaller]
+                    f"{s.training:<10.2f}{s.serving:<6.2f}{_far(s.far)}".rstrip()
+                    for s in self.smaller]
         if self.serving:
             s = self.serving
             out += ["", f"serving {short(s.tokens)} tokens counted in (2 N a token, Sardana 2023): "
@@ -100,6 +94,10 @@ class Plan:
         if self.warnings:
             out += ["", *(f"warning: {w}" for w in self.warnings)]
         return out
+
+
+def _far(far: float) -> str:
+    return f"  ({times(far)} times outside what was run)" if far > 1.05 else ""
 
 
 def find_law(law: Fit | Law | str) -> tuple[Fit | Law, Published | None]:
@@ -134,7 +132,6 @@ def plan(law: Fit | Law | str, *, flops: float | None = None, loss: float | None
     if sum(x is not None for x in (flops, loss, gpu_hours)) != 1:
         raise ManyformError("give one of flops, loss and gpu_hours")
     found, published = find_law(law)
-    formula = found.law if isinstance(found, Fit) else found
     budget = f"for a loss of {loss:g}" if loss is not None else ""
     if gpu_hours is not None:
         flops = gpu_flops(gpu_hours, device, utilisation)
@@ -142,14 +139,66 @@ def plan(law: Fit | Law | str, *, flops: float | None = None, loss: float | None
                   f"{DEVICES[device] / 1e12:,.0f} TFLOP/s: {flops:.3g} FLOPs")
     elif flops is not None:
         budget = f"for {flops:.3g} training FLOPs"
-    best = found.optimal(flops=flops, loss=loss)
+    if isinstance(found, Fit) and isinstance(found.law, Chinchilla):
+        return _measured(found, budget, flops, loss, inference_tokens)
+    formula = found.law if isinstance(found, Fit) else found
+    optimum = found.optimal(flops=flops, loss=loss)
     source = published.source if published else (
         f"a fit to {found.runs.source}" if isinstance(found, Fit) else formula.formula)
-    serving = None
-    if inference_tokens is not None:
-        serving = with_inference(formula, best, inference_tokens)
-    return Plan(source, budget, best, tuple(smaller(formula, best)), serving,
-                others(best.flops) if published else {}, tuple(_warnings(best, published)))
+    serving = None if inference_tokens is None else \
+        with_inference(formula, optimum, inference_tokens)
+    return Plan(source, budget, optimum, _rows(optimum), tuple(smaller(formula, optimum)), serving,
+                others(optimum.flops) if published else {}, tuple(_warnings(optimum, published)))
+
+
+def _measured(fit: Fit, budget: str, flops: float | None, loss: float | None,
+              inference_tokens: float | None) -> Plan:
+    """The plan by a fit, as far as its runs determine it."""
+    first: list[Row] = []
+    if flops is None:
+        assert loss is not None
+        flops, span = budget_for(fit, loss)
+        first = [("training FLOPs", f"{flops:.3g}", "" if span is None else _budgets(fit, span))]
+    found = best(fit, flops)
+    warnings, serving, less = list(found.notes), None, []
+    if found.determined:
+        less = [replace(s, far=_outside(fit, s.params, s.tokens, flops))
+                for s in smaller(fit.law, found.law)]
+        if inference_tokens is not None:
+            serving = with_inference(fit.law, found.law, inference_tokens)
+            far = _outside(fit, serving.optimum.params, serving.optimum.tokens, flops)
+            if far > FAR:
+                warnings.append(f"the model for serving lies {times(far)} times outside what was "
+                                "run")
+    elif inference_tokens is not None:
+        warnings.append("so what a smaller model saves in serving is not determined either")
+    return Plan(f"a fit to {fit.runs.source}", budget, found.optimum, (*first, *found.rows()),
+                tuple(less), serving, {}, tuple(warnings))
+
+
+def _budgets(fit: Fit, span: tuple[float, float]) -> str:
+    low, high = span
+    first = f"{low:.3g}" if low else f"under {fit.runs.flops.min() / FAR:.3g}"
+    last = f"{high:.3g}" if np.isfinite(high) else f"over {fit.largest * FAR:.3g}"
+    return f"{first} to {last}"
+
+
+def _outside(fit: Fit, params: float, tokens: float, flops: float) -> float:
+    """How many times a model lies outside the sizes, tokens and tokens per parameter of the runs;
+    beyond their largest budget the first two may grow as it does."""
+    runs, grown = fit.runs, max(1.0, flops / fit.largest)
+    ratio = runs.tokens / runs.params
+    return float(max(1.0, runs.params.min() / params, params / (runs.params.max() * grown),
+                     runs.tokens.min() / tokens, tokens / (runs.tokens.max() * grown),
+                     ratio.min() * params / tokens, tokens / params / ratio.max()))
+
+
+def _rows(o: Optimum) -> tuple[Row, ...]:
+    """An optimum without an interval, in words."""
+    rows = [("parameters", short(o.params), ""), ("tokens", short(o.tokens), ""),
+            ("tokens per parameter", short(o.tokens_per_param), ""),
+            ("training FLOPs", f"{o.flops:.4g}", "")]
+    return (*rows, *([] if o.loss is None else [("loss", f"{o.loss:.4g}", "")]))
 
 
 def smaller(law: Law, best: Optimum, shares: Sequence[float] = SHRINK) -> list[Smaller]:
@@ -223,10 +272,8 @@ def history(rules: Sequence[str] = ("kaplan", *RULES)) -> list[Verdict]:
 
 
 def _warnings(best: Optimum, published: Published | None) -> list[str]:
-    if isinstance(best, FittedOptimum):
-        return [best.warning] if best.warning else []
     if published is None:
-        return []
+        return [best.warning] if isinstance(best, FittedOptimum) and best.warning else []
     out = []
     if published.counting != "total":
         out.append(f"{published.name} counts {published.counting} parameters")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from manyform.errors import ManyformError
+from manyform.scaling.identify import WIDE
 from manyform.scaling.table import short
 
 if TYPE_CHECKING:
@@ -102,34 +104,172 @@ def countings_table(found: Mapping[str, Fit]) -> str:
 
 
 def families_table(found: Families) -> str:
-    """Free and shared exponents of several architectures, and their crossings."""
+    """Free and shared exponents of several architectures, who is ahead, and where they cross."""
+    lines = [exponents_table(found)]
+    if len(found.free) > 1 and all(f.draws for f in found.free.values()):
+        crossings = found.crossings()
+        lines += ["", *headline(found, crossings), *caveats(found, crossings), "",
+                  "Which is ahead, each at the best size that its runs cover:"]
+        lines += [f"  {crossing_text(c)}" for c in crossings]
+    return "\n".join(lines)
+
+
+def exponents_table(found: Families) -> str:
+    """Free and shared exponents of several architectures."""
+    wide = max(18, *(len(name) + 1 for name in found.free))
     lines = [f"Several architectures; shared: {', '.join(found.share) or 'nothing'}",
-             f"  {'':<18}{'alpha':>7} {'beta':>7} {'a':>7}   | {'shared: A':>10} {'B':>10} "
+             f"  {'':<{wide}}{'alpha':>7} {'beta':>7} {'a':>7}   | {'shared: A':>10} {'B':>10} "
              f"{'a':>7}"]
     for name, free in found.free.items():
         both = found.shared[name]
-        lines.append(f"  {name:<18}{free.alpha:>7.3f} {free.beta:>7.3f} {free.a:>7.3f}   | "
+        lines.append(f"  {name:<{wide}}{free.alpha:>7.3f} {free.beta:>7.3f} {free.a:>7.3f}   | "
                      f"{both.A:>10.4g} {both.B:>10.4g} {both.a:>7.3f}")
     word = "as well as" if found.evidence >= 0 else "less well than"
     lines.append(f"  Shared, the coefficients explain the runs {word} free ones (BIC "
                  f"{found.evidence:+.1f}).")
     lines += [f"  {name}: no law, for {why}" for name, why in found.refused.items()]
-    if len(found.free) > 1 and all(f.draws for f in found.free.values()):
-        lines += ["", "Which is ahead, each at its best size for the compute:"]
-        lines += [f"  {crossing_text(c)}" for c in found.crossings()]
     return "\n".join(lines)
 
 
+def headline(found: Families, crossings: Sequence[Crossing]) -> list[str]:
+    """What several architectures come to, a sentence each: who is ahead at the largest budget that
+    was measured for all, its runs without a law, and what crosses within the measured budgets."""
+    return [_ahead(found), *_runs(found, crossings), _within(crossings)]
+
+
+def caveats(found: Families, crossings: Sequence[Crossing]) -> list[str]:
+    """What several architectures do not show, a sentence each: crossings where nothing was run, and
+    exponents that are not determined."""
+    return [*_beyond(crossings), *_exponents(found)]
+
+
+def _ahead(found: Families) -> str:
+    try:
+        s = found.standing()
+    except ManyformError as error:
+        return f"{str(error)[0].upper()}{str(error)[1:]}."
+    metric = next(iter(found.free.values())).runs.metric
+    unit = "" if metric == "loss" else f" {metric}"
+    second = next((n for n in s.losses if n != s.first), None)
+    if second is None:
+        return f"Only {s.first} has a law at {s.flops:.2g} FLOPs, the largest budget measured."
+    text = (f"At {s.flops:.2g} FLOPs, the largest budget measured for all, {{verb}}: "
+            f"{s.losses[s.first]:.3f}{unit}, {s.losses[second] - s.losses[s.first]:.3f} below "
+            f"{second}")
+    if not s.close:
+        low, high = s.gaps[second]
+        return (text.format(verb=f"{s.first} is ahead") + f" ({low:.3f} to {high:.3f}; chance to "
+                f"be ahead of it {chance(s.chance[second])}).")
+    rest = [f"{n} ({chance(p)})" for n, p in s.chance.items() if n not in s.close]
+    return (text.format(verb=f"{s.first} has the least loss") + ", but the laws cannot tell it "
+            f"from {listed([f'{n} (chance to be ahead {chance(s.chance[n])})' for n in s.close])}"
+            + (f"; it is ahead of {listed(rest)}" if rest else "") + ".")
+
+
+def _runs(found: Families, crossings: Sequence[Crossing]) -> list[str]:
+    """The runs themselves: the best of each within the budget, and the first against each other
+    at the same size and tokens."""
+    try:
+        s = found.standing()
+    except ManyformError:
+        return []
+    order = sorted(s.runs, key=lambda n: s.runs[n])
+    out = ["Without a law, the best run within that budget: "
+           f"{listed([f'{n} {s.runs[n]:.3f}' for n in order])}."]
+    parts = []
+    for c in crossings:
+        if s.first in (c.a, c.b) and c.cells:
+            other, won = (c.b, c.ahead) if s.first == c.a else (c.a, c.cells - c.ahead)
+            parts.append(f"{other} in {won} of {c.cells}")
+    if parts:
+        out.append(f"At the same size and tokens, run against run, {s.first} is ahead of "
+                   f"{listed(parts)}.")
+    return out
+
+
+def _within(crossings: Sequence[Crossing]) -> str:
+    sure = [c for c in crossings if c.passes]
+    open_ = [c for c in crossings if c.flops is not None and not c.passes]
+    if sure:
+        some = listed([f"{c.last} passes {c.first} at {c.flops:.2g} FLOPs{_span(c)}"
+                       for c in sure])
+        return f"Within the measured budgets {some}."
+    if open_:
+        pairs = f"{len(open_)} pair{'s' if len(open_) > 1 else ''}"
+        return (f"Within the measured budgets the fitted laws of {pairs} cross, but the bootstraps "
+                "do not settle that one passes the other.")
+    return "Within the measured budgets no two cross."
+
+
+def _beyond(crossings: Sequence[Crossing]) -> list[str]:
+    later = [c for c in crossings if c.beyond is not None]
+    if not later:
+        return []
+    some = listed([f"{c.a} and {c.b} at {c.beyond:.2g} FLOPs" for c in later[:3]])
+    more = f", and {len(later) - 3} more pairs within ten times the largest" if len(later) > 3 \
+        else ""
+    return [f"Beyond them, where nothing was run, the laws would cross for {some}{more}: an "
+            "extrapolation, not a finding."]
+
+
+def _exponents(found: Families) -> list[str]:
+    spans = {n: f.interval("a") for n, f in found.free.items() if f.draws}
+    wide = {n: s for n, s in spans.items() if not s[1] - s[0] <= WIDE}
+    if not wide:
+        return []
+    which = "any architecture" if len(wide) == len(found.free) > 1 else listed(list(wide))
+    low, high = min(s[0] for s in wide.values()), max(s[1] for s in wide.values())
+    return [f"How the best size grows with compute is not determined for {which}: the exponent's "
+            f"intervals reach from {low:.2f} to {high:.2f}."]
+
+
+def chance(p: float) -> str:
+    """A share of bootstraps, never "100%"."""
+    if p > 0.99:
+        return "over 99%"
+    return "under 1%" if p < 0.01 else f"{p:.0%}"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _span(c: Crossing) -> str:
+    return f" [{c.low:.2g}, {c.high:.2g}]" if c.low is not None else ""
+
+
 def crossing_text(c: Crossing) -> str:
-    """A crossing in one sentence."""
-    other = c.b if c.first == c.a else c.a
-    ahead = (f"chance that {c.a} is ahead: {c.chance_low:.0%} at the smallest measured budget, "
-             f"{c.chance_high:.0%} at the largest")
-    if c.flops is None:
-        return f"{c.first} is ahead of {other} throughout ({ahead})"
-    span = f" [{c.low:.2g}, {c.high:.2g}]" if c.low is not None else ""
-    return (f"{c.first} is ahead of {other} up to {c.flops:.2g}{span} FLOPs; {c.crossed:.0%} of "
-            f"the bootstraps cross ({ahead})")
+    """Two architectures in one sentence: who is ahead, how surely, and where they cross."""
+    if c.smallest > c.largest:
+        return f"{c.a} and {c.b}: no budget was measured for both"
+    lower = c.b if c.first == c.a else c.a
+    other = c.b if c.last == c.a else c.a
+    sure = c.chance_high if c.last == c.a else 1 - c.chance_high
+    by = f"by {abs(c.gap):.3f} at {c.largest:.2g} FLOPs (chance {chance(sure)})"
+    if c.passes:
+        text = f"{c.last} passes {c.first} at {c.flops:.2g}{_span(c)} FLOPs and is ahead {by}"
+    elif c.sure_high:
+        text = f"{c.last} is ahead of {other} {by}"
+        if c.sure_low and c.first == c.last and c.flops is None:
+            text = f"{c.last} is ahead of {other} throughout, {by}"
+        elif not c.sure_low:
+            text += "; at the smallest budget the laws cannot tell"
+    else:
+        text = (f"{c.last} or {other}: the laws cannot tell at {c.largest:.2g} FLOPs (chance that "
+                f"{c.last} is ahead {chance(sure)})")
+        if c.sure_low:
+            text += f"; at {c.smallest:.2g} FLOPs {c.first} is ahead of {lower}"
+    if c.flops is not None and not c.passes:
+        text += (f"; the fitted laws cross at {c.flops:.2g} FLOPs, {chance(c.crossed)} of the "
+                 "bootstraps do within the measured budgets")
+    if c.beyond is not None:
+        text += (f"; they would cross at {c.beyond:.2g} FLOPs, {c.beyond / c.largest:.1f} times "
+                 "the largest budget: an extrapolation")
+    if c.cells:
+        text += (f"; of {c.cells} pairs of runs of the same size and tokens {c.a} is ahead in "
+                 f"{c.ahead}")
+    return text
 
 
 def winners(found: Families, optima: Mapping[str, Optimum], loss: float | None) -> str:
@@ -142,7 +282,7 @@ def winners(found: Families, optima: Mapping[str, Optimum], loss: float | None) 
     budget = next(iter(optima.values())).flops
     chances = found.chances([budget])
     return "\n".join([f"chance to have the least loss at {budget:.3g} FLOPs:", *(
-        f"  {n:<18}{float(c[0]):.0%}" for n, c in chances.items())])
+        f"  {n:<18}{chance(float(c[0]))}" for n, c in chances.items())])
 
 
 def history_table() -> str:

@@ -9,6 +9,7 @@ import manyform
 from manyform.errors import ManyformError
 from manyform.mixers.transformer_xl import TransformerXL
 from manyform.ops import count, trace, use
+from manyform.ops.kernels import available
 from manyform.ops.relative_attention import BLOCK, relative_attention
 
 
@@ -93,9 +94,45 @@ def test_forms_agree_forward_and_backward(length):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": 3, "n_heads": 2}, {"memory": 200}], ids=str)
+def tiled():
+    if not available():
+        return False
+    from manyform.ops.kernels.tiles import supported
+    return supported()
+
+
+@pytest.mark.skipif(not tiled(), reason="no matrix tiles here")
+@pytest.mark.parametrize(("batch", "heads", "length", "old", "d", "window", "documents"), [
+    (1, 2, 128, 0, 32, 20, False), (2, 3, 97, 0, 64, 40, True), (2, 2, 70, 33, 32, 50, False),
+    (1, 2, 70, 40, 32, 300, True), (1, 1, 64, 64, 96, 65, False)])
+def test_tiles_agree_with_the_reference(batch, heads, length, old, d, window, documents):
+    torch.manual_seed(0)
+    total = length + old
+    q, k, v = (torch.randn(batch, n, heads, d).bfloat16().transpose(1, 2).requires_grad_()
+               for n in (length, total, total))
+    table = torch.randn(min(window, total), 24).bfloat16()
+    weight = (torch.randn(heads * d, 24) / 5).requires_grad_()
+    u, w = (torch.randn(heads, d).requires_grad_() for _ in range(2))
+    start = None
+    if documents:  # one every 37 tokens; the first began before the memory
+        start = torch.arange(length) // 37 * 37 + old
+        start[:37] = -5
+        start = start.expand(batch, -1)
+    slope = torch.randn(batch, heads, length, d)
+    results = []
+    for form in ("amx", "reference"):
+        with use(relative_attention=form):
+            y = relative_attention(q, k, v, table, weight, u, w, start, window=window)
+        results.append([y, *torch.autograd.grad((y * slope).sum(), (q, k, v, weight, u, w))])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        assert (got.detach().double() - want.detach().double()).norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 3, "n_heads": 2}, {"memory": 200},
+                                     {"d_model": 64, "n_heads": 2}], ids=str)
 def test_laws(options):
-    manyform.check(TransformerXL, d_model=16, **{"memory": 24, **options})
+    manyform.check(TransformerXL, **{"d_model": 16, "memory": 24, **options})
 
 
 def test_one_query_takes_the_folded_form():

@@ -3,6 +3,7 @@
 Forms, the preferred one first:
   folded     one query a row: the position weights are multiplied into the query, and not into every
              distance of the window
+  amx        on a CPU with matrix tiles, in bfloat16: see `kernels.relative_attention`
   blocked    queries in blocks that look only at the keys within reach; the scores of all distances
              are one product, whose rows are then shifted into place
   reference  the equation
@@ -15,10 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyform.ops.attention import visible, visible_pairs
+from manyform.ops.kernels import threads, usable
 from manyform.ops.operation import operation
+from manyform.ops.tiled_attention import LOG2E, _readable, _strides
 
 BLOCK = 64
 """Queries a block in the blocked form."""
@@ -101,6 +105,100 @@ def _shift(x: Tensor, seen: int) -> Tensor:
         return x
     flat = x.flatten(-2)[..., n - 1:n - 1 + n * (width - 1)]
     return flat.unflatten(-1, (n, width - 1))[..., :seen]
+
+
+def _tiles(q: Tensor, k: Tensor, v: Tensor, table: Tensor, weight: Tensor, u: Tensor, w: Tensor,
+           start: Tensor | None = None, *, window: int) -> bool:
+    heads, length, d = q.shape[1:]
+    if not (q.dtype == k.dtype == v.dtype == torch.bfloat16 and length >= 32 and d % 32 == 0
+            and d <= 256 and k.shape[1] == heads and u.dtype == w.dtype == torch.float32
+            and usable(q, k, v, table, weight, u, w, start)):
+        return False
+    from manyform.ops.kernels.tiles import supported
+    return supported()
+
+
+@relative_attention.path("amx", when=_tiles)
+def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, weight: Tensor, u: Tensor, w: Tensor,
+      start: Tensor | None = None, *, window: int) -> Tensor:
+    (_, heads, length, d), keys = q.shape, k.shape[2]
+    low = (torch.arange(keys - length, keys) - window + 1).clamp(min=0)[None]
+    if start is not None:
+        low = torch.maximum(low, start)
+    rows = F.linear(table.to(q.dtype), weight.to(q.dtype)).view(-1, heads, d)
+    return _Relative.apply(q, k, v, rows, u, w, low, min(window, keys))
+
+
+class _Relative(torch.autograd.Function):
+    """Scores are computed again from the kept logarithms of their sums (Dao 2022, algorithm 4)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, u: Tensor, w: Tensor,
+                low: Tensor, window: int) -> Tensor:
+        import numpy as np
+
+        from manyform.ops.kernels import relative_attention as kernels
+        from manyform.ops.kernels.lanes import flat
+        q, k, v = (_readable(x) for x in (q, k, v))
+        (batch, heads, n, d), keys = q.shape, k.shape[2]
+        # A tile's last query and its first key, a multiple of 32, are at column 0 or later, and
+        # columns that begin a tile at a multiple of 32.
+        origin = window + 62 + (keys - n - window + 1) % 32
+        distances = -(-(origin + 64) // 64) * 64
+        far = rows.new_zeros(1, heads, distances, d)
+        count = min(len(rows), window)
+        far[0, :, origin - count + 1:origin + 1] = rows[:count].flip(0).transpose(0, 1)
+        span = (window + 126) // 32 * 32
+        y = torch.empty(batch, n, heads, d, dtype=q.dtype).transpose(1, 2)
+        peaks = torch.empty(batch, heads, n)
+        u, w = u.contiguous(), w.contiguous()
+        run: Any = kernels.forward
+        run(*_placed(q, k, v, far), flat(u), flat(w), heads, n, keys, d, low.numpy(), origin, span,
+            np.float32(LOG2E / math.sqrt(d)), flat(y), _strides(y), peaks.numpy(),
+            *_scratch(keys, d, distances, span, False))
+        ctx.save_for_backward(q, k, v, far, u, w, low, y, peaks)
+        ctx.sizes = origin, span, len(rows), count
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        import numpy as np
+
+        from manyform.ops.kernels import relative_attention as kernels
+        from manyform.ops.kernels.lanes import flat
+        q, k, v, far, u, w, low, y, peaks = ctx.saved_tensors
+        origin, span, length, count = ctx.sizes
+        dy = _readable(dy.to(q.dtype))
+        (batch, heads, n, d), keys, distances = q.shape, k.shape[2], far.shape[2]
+        dq = torch.empty(batch, n, heads, d, dtype=q.dtype)
+        dk, dv = (torch.empty(batch, keys, heads, d, dtype=q.dtype) for _ in range(2))
+        d_far = torch.zeros(batch, heads, d, distances)
+        du, dw = torch.zeros(2, batch, heads, d)
+        scale = 1 / math.sqrt(d)
+        run: Any = kernels.backward
+        run(*_placed(q, k, v, far, dy, y), flat(u), flat(w), heads, n, keys, d, low.numpy(), origin,
+            span, np.float32(scale * LOG2E), np.float32(scale), peaks.numpy(), flat(dq), flat(dk),
+            flat(dv), d_far.numpy(), flat(du), flat(dw),
+            *_scratch(keys, d, distances, span, True))
+        near = d_far.sum(0)[..., origin - count + 1:origin + 1].flip(2) * scale
+        d_rows = F.pad(near.permute(2, 0, 1), (0, 0, 0, 0, 0, length - count)).to(q.dtype)
+        dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
+        return dq, dk, dv, d_rows, du.sum(0) * scale, dw.sum(0) * scale, None, None
+
+
+def _placed(*tensors: Tensor) -> list[Any]:
+    from manyform.ops.kernels.lanes import flat
+    return [part for x in tensors for part in (flat(x), _strides(x))]
+
+
+def _scratch(keys: int, d: int, distances: int, span: int, gradient: bool) -> tuple[Any, ...]:
+    from manyform.ops.kernels import relative_attention as kernels
+    workers = threads()
+    floats, words, halves = kernels.scratch(keys, d, distances, span, gradient)
+    return (torch.arange(span, dtype=torch.float32).numpy(), torch.empty(workers, floats).numpy(),
+            torch.empty(workers, words, dtype=torch.int32).numpy().view("u4"),
+            torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2"))
 
 
 def _one_query(q: Tensor, *_: Any, **__: Any) -> bool:

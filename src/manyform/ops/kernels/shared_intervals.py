@@ -232,7 +232,7 @@ def _sum_keys(sums, left, right, first, n, steps, d):
 
 
 @numba.njit(fastmath=FAST, cache=True)
-def _write_keys(sums, scale, keys, d, spare, out, to, hop):
+def write_keys(sums, scale, keys, d, spare, out, to, hop):
     """Gradients of keys, (blocks, d, KEYS), to rows of `out` from `to` on, `hop` apart."""
     for j in range(0, keys, WIDTH):
         at = j // KEYS * KEYS * d + j % KEYS
@@ -352,8 +352,8 @@ def backward(q, q_strides, k, k_strides, v, v_strides, dy, dy_strides, y, y_stri
                     for j in range(0, d, WIDTH):
                         store_half(dq, to + j, load(dq_sum, i * d + j) * splat(shrink))
             first = ((share * batch + b) * keys * groups + g) * d
-            _write_keys(dk_sum, shrink, keys, d, scores, dk, first, groups * d)
-            _write_keys(dv_sum, np.float32(1), keys, d, scores, dv, first, groups * d)
+            write_keys(dk_sum, shrink, keys, d, scores, dk, first, groups * d)
+            write_keys(dv_sum, np.float32(1), keys, d, scores, dv, first, groups * d)
         release()
 
 

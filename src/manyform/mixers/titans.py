@@ -87,8 +87,8 @@ class NeuralLongTermMemory(SequenceMixer):
         width = self.n_heads * self.head_dim
         qkv, gate = self.in_proj(x).split([3 * width, width], dim=-1)
         qkv, conv = short_conv(qkv, self.conv, state=old_conv, reset=reset, activation="silu")
-        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).to(self._wide()).unbind(2)
-        q, k = (F.normalize(t, dim=-1, eps=1e-6) for t in (q, k))
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        q, k = (F.normalize(t.to(self._wide()), dim=-1, eps=1e-6).to(v.dtype) for t in (q, k))
         gates = full_precision(x, self.gates.weight, self.gates.bias)
         step, forget, carry = gates.chunk(3, dim=-1)
         y, memory = titans(q, k, v, self.lr * torch.sigmoid(step), F.logsigmoid(-forget),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyform.ops import tiled_titans
 from manyform.ops.fast_weights import SILU, Blocks, Weights, where
 from manyform.ops.operation import operation
 
@@ -125,6 +126,26 @@ def _(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_keep: Tensor, log_momen
                                strict=True)
         start = where(blocks.position == 0, memory, _begun(held, blocks, heads))
     return y.to(v.dtype), NeuralMemory(memory, momentum, start, blocks.position)
+
+
+def _tiles(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_keep: Tensor, log_momentum: Tensor,
+           initial: Weights, chunk: int, state: NeuralMemory | None = None,
+           reset: Tensor | None = None) -> bool:
+    sizes = [initial[0].shape[1], *(w.shape[2] for w in initial)]
+    return tiled_titans.applies(v, sizes, chunk, None if state is None else state.position)
+
+
+@titans.path("tiles", when=_tiles)
+def _(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_keep: Tensor, log_momentum: Tensor,
+      initial: Weights, chunk: int, state: NeuralMemory | None = None,
+      reset: Tensor | None = None) -> tuple[Tensor, NeuralMemory]:
+    wide = torch.float32
+    begin = tuple(w.to(wide) for w in initial)
+    memory, momentum, *_ = _start(len(q), begin, state, wide)
+    y, (memory, momentum, start), position = tiled_titans.tiled_titans(
+        q.to(v.dtype), k.to(v.dtype), v, rate.to(wide), log_keep.to(wide), log_momentum.to(wide),
+        begin, chunk, memory, momentum, reset)
+    return y, NeuralMemory(memory, momentum, start, position)
 
 
 def _learn(both: list[Tensor], begin: Weights | None, k: Tensor, v: Tensor,

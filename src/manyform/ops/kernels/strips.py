@@ -101,6 +101,13 @@ def pair_rows(z, at, width, wide, into, to):
 
 
 @numba.njit(fastmath=FAST, cache=True)
+def pair_alone(z, at, width, wide, into, to):
+    """`pair_rows` with zeros where sixteen more rows would be."""
+    pair_rows(z, at, width, wide, into, to)
+    into[to + SIZE // 2 * wide:to + SIZE * wide] = 0
+
+
+@numba.njit(fastmath=FAST, cache=True)
 def pair_square(z, into, to):
     """pairs() of 16 x 16 float32."""
     for t in range(0, SIZE, 2):

@@ -1,6 +1,6 @@
 """TTT-Linear on matrix tiles: one pass over time for each row and head, weights in cache.
 
-The equations are those of `ops.ttt`. For a mini-batch with weights W (biases b), A is tril(Q K^T + 1)
+The equations are those of `ops.ttt`. For a mini-batch with weights W (biases b), A tril(Q K^T + 1)
 with row t times -scale_t, and last the scale of its end:
 
     Z = K W + b    E = rate dl/dZ    R = Q W + b + A E    y = Q + LN(R)    W' = W - last K^T E

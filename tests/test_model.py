@@ -64,7 +64,7 @@ def test_cost_adds_up_and_names_the_paths():
     assert cost.flops == 100 * (2 * 2 * 2 * 3 * 16 * 16 + 2 * 16 * 11)
     assert cost.state_bytes == 8 + 2 * 16 * 4
     assert cost.training_flops_per_token == 3 * cost.flops / 100
-    assert cost.paths["recurrent_layer"] == "fused"
+    assert cost.paths["recurrent_layer"] == "numba"
     with pytest.raises(manyform.ManyformError, match="length must be at least 1"):
         model.cost(0)
 

@@ -113,7 +113,7 @@ def array(tensor: Tensor | None) -> Array:
 
 def linear(layer: nn.Module, weights: torch.dtype) -> tuple[Array, Array]:
     """Weight, in float32 or bfloat16 (as uint16), and bias of an ordinary linear map."""
-    if type(layer) not in (Linear, nn.Linear):
+    if not isinstance(layer, nn.Linear) or type(layer) not in (Linear, nn.Linear):
         raise Unfit
     weight = array(layer.weight)
     if weights == torch.bfloat16:

@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from manyform.errors import unknown
+from manyform.ops.kernels import single, threads, usable
+from manyform.ops.linear import linear, weight_gradient
 from manyform.ops.operation import operation
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 Carried = tuple[Tensor, ...]
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
+LARGEST = 2**20
+"""Recurrent weights up to which the compiled loop keeps them in cache."""
 
 
 def _flops(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
@@ -85,6 +91,74 @@ def _fused(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
             y, state = _library(inner[:, start:end], state, weights, cell)
             ys.append(y)
     return torch.cat(ys, dim=1).to(x.dtype), _widen(state)
+
+
+def _compiled(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
+              reset: Tensor | None = None) -> bool:
+    return (x.shape[1] > 0 and all(w.dtype == torch.float32 for w in weights) and single(x)
+            and weights[1].numel() <= LARGEST and usable(x, *weights, *state, reset))
+
+
+@recurrent_layer.path("numba", when=_compiled)
+def _(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
+      reset: Tensor | None = None) -> tuple[Tensor, Carried]:
+    """One compiled loop over time each way, resets and all; see kernels/recurrent."""
+    w, u, b, c = weights
+    gates, size = GATES[cell], u.shape[1]
+    z, carried = linear(x, w, b), [s.float() for s in state]
+    more = -size % 32
+    if more:  # features that stay zero
+        z = F.pad(z.unflatten(-1, (gates, size)), (0, more)).flatten(-2)
+        u = F.pad(u.unflatten(0, (gates, size)), (0, more, 0, more)).flatten(0, 1)
+        c = F.pad(c.unflatten(0, (gates, size)), (0, more)).flatten()
+        carried = [F.pad(s, (0, more)) for s in carried]
+    y, *after = _Recurrent.apply(cell, z, u, c, reset, *carried)
+    return y[..., :size].to(x.dtype), tuple(s[..., :size] for s in after)
+
+
+class _Recurrent(torch.autograd.Function):
+    """The recurrence alone, given z = W x + b; whole vectors of features."""
+
+    @staticmethod
+    def forward(ctx: Any, cell: str, z: Tensor, u: Tensor, c: Tensor, reset: Tensor | None,
+                *state: Tensor) -> tuple[Tensor, ...]:
+        from manyform.ops.kernels import recurrent as kernel
+        from manyform.ops.kernels.lanes import flat, marks
+        batch, length, size = (*z.shape[:2], u.shape[1])
+        training = any(ctx.needs_input_grad)
+        after = [s.clone(memory_format=torch.contiguous_format) for s in state]
+        y = torch.empty(batch, length, size, dtype=z.dtype)
+        before = torch.empty_like(y) if training else y.new_empty(0)
+        kept = torch.empty(before.numel() * kernel.KEPT[cell])
+        memory = after[1] if cell == "lstm" else kept.new_empty(0)
+        dims = (batch, length, size, GATES[cell])
+        threads()
+        run: Any = kernel.forward
+        run(kernel.CELLS[cell], flat(z.contiguous()), flat(u.T.contiguous()), flat(c), marks(reset),
+            flat(after[0]), flat(memory), flat(y), flat(before), flat(kept), dims)
+        ctx.cell, ctx.dims = cell, dims
+        if training:
+            ctx.save_for_backward(u, reset, before, kept)
+        return y, *after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
+        from manyform.ops.kernels import recurrent as kernel
+        from manyform.ops.kernels.lanes import flat, marks
+        u, reset, before, kept = ctx.saved_tensors
+        batch, length, _, _ = ctx.dims
+        dstate = [d.clone(memory_format=torch.contiguous_format) for d in dafter]
+        dmemory = dstate[1] if ctx.cell == "lstm" else kept.new_empty(0)
+        dz = torch.empty(batch, length, len(u), dtype=dy.dtype)
+        du = torch.empty_like(dz) if ctx.cell == "gru" else dz.new_empty(0)
+        threads()
+        run: Any = kernel.backward
+        run(kernel.CELLS[ctx.cell], flat(kept), flat(before), flat(u.contiguous()), marks(reset),
+            flat(dy.contiguous()), flat(dstate[0]), flat(dmemory), flat(dz), flat(du), ctx.dims)
+        added = du if ctx.cell == "gru" else dz
+        return (None, dz, weight_gradient(added, before).float(),
+                added.sum((0, 1), dtype=torch.float32), None, *dstate)
 
 
 def _library(x: Tensor, state: Carried, weights: Weights, cell: str) -> tuple[Tensor, Carried]:

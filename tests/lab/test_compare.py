@@ -271,3 +271,13 @@ def test_what_cannot_be_compared_is_refused(text, tmp_path):
         with pytest.raises(ManyformError, match="--objective masked"):
             lab.compare(text, archs=archs, out=out, **SMALL)
     assert not out.exists()
+
+
+def test_widths_that_the_first_architecture_cannot_have_are_passed_over(text, tmp_path):
+    """mistral has four queries a key: no whole groups at 384, a rung that the plan looks at."""
+    free = {**SMALL, "d_model": None, "n_layers": None, "seeds": 1, "probe_steps": 0}
+    r = lab.compare(text, archs="mistral", out=tmp_path / "a", **free)
+    assert r["complete"]
+    assert r["archs"]["mistral"]["error"] is None
+    with pytest.raises(ManyformError, match="kv_groups must divide n_heads=6"):
+        lab.compare(text, archs="mistral", out=tmp_path / "b", **{**free, "d_model": 384})

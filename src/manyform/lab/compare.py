@@ -227,9 +227,7 @@ class _Comparison:
                                 f"{length}; give more text or a shorter --length")
         ladder = [(d, n) for d, n in LADDER if given["d_model"] in (None, d)] or \
             [(given["d_model"], 4)]
-        ladder = [(d, given["n_layers"] or n) for d, n in ladder]
-        sizes = [reference_size(first, vocab_size=self.data.vocab_size, d_model=d, n_layers=n)
-                 for d, n in ladder]
+        ladder, sizes = self._rungs(first, [(d, given["n_layers"] or n) for d, n in ladder])
         choice, tokens = 0, self._tokens(budget, sizes[0], length)
         for i, size in enumerate(sizes):
             expected = tokens
@@ -249,6 +247,21 @@ class _Comparison:
         final = min(len(self.data.tokens("val")), 131072, max(8192, tokens / 10))
         batches = max(1, int(final / per_step))
         return Shape(length, batch, max(1, batches // 4), batches)
+
+    def _rungs(self, first: str, ladder: list[tuple[int, int]],
+               ) -> tuple[list[tuple[int, int]], list[Size]]:
+        """The rungs that the first architecture can stand on, and its sizes there: not every width
+        holds whole heads in whole groups."""
+        found, refused = {}, None
+        for d, n in ladder:
+            try:
+                found[d, n] = reference_size(first, vocab_size=self.data.vocab_size, d_model=d,
+                                             n_layers=n)
+            except ManyformError as error:
+                refused = error
+        if not found and refused is not None:
+            raise refused
+        return list(found), list(found.values())
 
     def _tokens(self, budget: Budget, size: Size, length: int) -> float:
         """Tokens of one run that the budget affords at this size, roughly."""

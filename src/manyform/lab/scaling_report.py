@@ -270,8 +270,8 @@ def _facts(fits: dict[str, Fit]) -> list[tuple[str, str]]:
 
 
 def _law(fits: dict[str, Fit], styles: dict[str, Any]) -> str:
-    names = {"E": "floor", "A": "of size", "B": "of tokens", "alpha": "exponent of size",
-             "beta": "exponent of tokens", "a": "best size ~ C^a"}
+    names = {"E": "floor", "A": "of size", "B": "of tokens", "alpha": "size exponent",
+             "beta": "token exponent", "a": "best size ~ C^a"}
     head = "".join(f'<th scope="col" class="n">{n}<br>{words}</th>' for n, words in names.items())
     body = ""
     for arch, f in fits.items():
@@ -325,7 +325,7 @@ def _charts(fits: dict[str, Fit], several: Families | None, jumps: Mapping[str, 
     if several is not None and _drawn(fits):
         charts.append(("chances", "Which architecture wins", "The share of the bootstraps in which "
                        "each has the least loss, at the best size that its runs cover. In the "
-                       "shaded part nothing was run.", ""))
+                       "shaded part not all of them were run.", ""))
     if jumps:
         length = next(iter(jumps.values())).length
         absent = [n for n in fits if n not in jumps]

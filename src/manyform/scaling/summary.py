@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -224,10 +225,12 @@ def _exponents(found: Families) -> list[str]:
 
 
 def chance(p: float) -> str:
-    """A share of bootstraps, never "100%"."""
+    """A share of bootstraps, never "100%", and never rounded up to a certainty it has not."""
     if p > 0.99:
         return "over 99%"
-    return "under 1%" if p < 0.01 else f"{p:.0%}"
+    if p < 0.01:
+        return "under 1%"
+    return f"{(math.floor if p > 0.5 else math.ceil)(round(100 * p, 6))}%"
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -267,8 +270,9 @@ def crossing_text(c: Crossing) -> str:
         text += (f"; they would cross at {c.beyond:.2g} FLOPs, {c.beyond / c.largest:.1f} times "
                  "the largest budget: an extrapolation")
     if c.cells:
-        text += (f"; of {c.cells} pairs of runs of the same size and tokens {c.a} is ahead in "
-                 f"{c.ahead}")
+        won = c.ahead if c.last == c.a else c.cells - c.ahead
+        text += (f"; run against run at the same size and tokens {c.last} is ahead in {won} of "
+                 f"{c.cells}")
     return text
 
 

@@ -141,7 +141,7 @@
       }
       const run = keep.filter((i) => f.flops[i] <= a.largest);
       const after = keep.filter((i) => f.flops[i] >= (f.flops[run[run.length - 1]] || 0));
-      for (const [rows, dash, width] of [[run, a.dash, 2.4], [after, "dot", 1.4]]) {
+      for (const [rows, dash, width] of [[run, a.dash, 2.4], [after, a.dash, 1.1]]) {
         traces.push({ type: "scatter", mode: "lines", x: at(f.flops, rows), y: at(f.loss, rows),
           line: { color: color(n), dash, width },
           hovertemplate: `<b>${label(n)}</b>, best size covered<br>loss %{y:.3f}<br>%{x:.2e} FLOPs<extra></extra>` });
@@ -244,7 +244,7 @@
       const n = share * base.n;
       const d = tokensFor(a.law, n, base.loss);
       const drawn = interval(a.draws.map((l) => tokensFor(l, n, loss(l, base.n, base.d))));
-      const span = (scale, show) => (drawn ? drawn.map((v) => written(v * scale, show)).join(" to ") : "");
+      const span = (scale, show) => (drawn ? drawn.map((v) => (Number.isFinite(v) ? show(v * scale) : "never")).join(" to ") : "");
       got = { n, d, loss: base.loss };
       rows = [["parameters", short(n), ""], ["tokens for the same loss", written(d, short), span(1, short)],
         ["tokens per parameter", written(d / n, short), span(1 / n, short)], ["loss", base.loss.toFixed(3), ""]];

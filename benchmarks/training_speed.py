@@ -77,11 +77,26 @@ def theirs(model: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor],
     return step
 
 
+class TorchRecurrent(torch.nn.Module):
+    """Two layers of torch's own recurrent kernels between an embedding and a head."""
+
+    def __init__(self, layers: type[torch.nn.Module]) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCAB, WIDTH)
+        self.layers = layers(WIDTH, WIDTH, num_layers=2, batch_first=True)
+        self.head = torch.nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.layers(self.embedding(tokens))[0])
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+
 def against_peers(device: str, rounds: int) -> list[Line]:
-    """mamba and mamba2 against transformers and mambapy at T 512, batch 2."""
+    """At T 512: mamba and mamba2 against transformers and mambapy, batch 2; the classic recurrent
+    networks against torch's, batch 8."""
     import transformers
     from mambapy.mamba import Mamba, MambaConfig
-    batch, length = 2, 512
+    length = 512
     hf: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
                           "use_cache": False}
     mamba1 = transformers.MambaForCausalLM(transformers.MambaConfig(**hf))
@@ -99,12 +114,17 @@ def against_peers(device: str, rounds: int) -> list[Line]:
         logits = mambapy(tokens)
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
+    classic: list[Any] = []
+    for name, layers in (("rnn", torch.nn.RNN), ("gru", torch.nn.GRU), ("lstm", torch.nn.LSTM)):
+        theirs_ = TorchRecurrent(layers)
+        classic.append((name, 1, f"torch.nn.{layers.__name__}", (theirs_, theirs_.loss), rounds, 8,
+                        {"n_layers": 2}))
     lines = []
-    for name, aim, peer, make, turn, options in (
-            ("mamba", 200, "transformers Mamba", (mamba1, hf_loss(mamba1)), 1, {}),
-            ("mamba", 8, "mambapy Mamba", (mambapy, mambapy_loss), rounds, {}),
-            ("mamba2", 5, "transformers Mamba2", (mamba2, hf_loss(mamba2)), rounds,
-             {"d_state": 64})):
+    for name, aim, peer, make, turn, batch, options in (
+            ("mamba", 200, "transformers Mamba", (mamba1, hf_loss(mamba1)), 1, 2, {}),
+            ("mamba", 8, "mambapy Mamba", (mambapy, mambapy_loss), rounds, 2, {}),
+            ("mamba2", 5, "transformers Mamba2", (mamba2, hf_loss(mamba2)), rounds, 2,
+             {"d_state": 64}), *classic):
         work, paths = ours(name, batch, length, device, **options)
         best: tuple[float, Line] | None = None
         for precision in ("bf16", "fp32") if turn > 1 else ("bf16",):

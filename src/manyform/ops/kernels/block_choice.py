@@ -3,13 +3,16 @@ cache, a row for each key and a column for each query, until the best blocks are
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
+from numba.extending import intrinsic
 
 from manyform.ops.kernels.attention import HIDDEN
-from manyform.ops.kernels.lanes import FAST, WIDTH, load, maximum, splat, store
+from manyform.ops.kernels.lanes import FAST, WIDTH, lanes, load, maximum, splat, store
 from manyform.ops.kernels.packing import columns, rows
-from manyform.ops.kernels.sparse_attention import _hide, _multiply_rows
+from manyform.ops.kernels.sparse_attention import _hide, _multiply_rows, _visible
 from manyform.ops.kernels.sparse_plan import SIDE
 from manyform.ops.kernels.tiles import SHAPE, configure, exp2, release
 
@@ -33,39 +36,50 @@ def _pay(scores, n, scale, paid):
 @numba.njit(fastmath=FAST, cache=True)
 def _value(paid, first, n, wide, steps, blocks, worth):
     """The worth (blocks, 32) of blocks in a document whose first compressed key is `first` of n."""
+    times = np.empty(wide + steps - 1, np.float32)
+    for gap in range(1 - wide, steps):
+        times[gap + wide - 1] = min(wide, steps - gap) - max(0, -gap)
     for j in range(blocks):
+        low, high = max(first + steps * j + 1 - wide, first), min(first + steps * (j + 1), n)
         for c in range(0, SIDE, WIDTH):
             value = splat(np.float32(0))
-            for gap in range(1 - wide, steps):
-                key = steps * j + gap
-                if 0 <= key < n - first:
-                    times = min(wide, steps - gap) - max(0, -gap)
-                    value = value + load(paid, (first + key) * SIDE + c) * splat(np.float32(times))
+            for key in range(low, high):
+                value = value + (load(paid, key * SIDE + c)
+                                 * splat(times[key - first - steps * j + wide - 1]))
             store(worth, j * SIDE + c, value)
 
 
-@numba.njit(cache=True)
-def _best(worth, r, last, chosen, best):
-    """The first block, the last two and those of most worth: fills chosen, -1 for none."""
-    chosen[:] = -1
-    if last < len(chosen):
-        for j in range(last + 1):
-            chosen[j] = j
-        return
-    chosen[0], chosen[1], chosen[2], held = 0, last, last - 1, 3
-    for j in range(1, last - 1):
-        value = worth[j * SIDE + r]
-        if held == len(chosen):
-            if not value > best[held - 1]:
-                continue
-            place = held - 1
-        else:
-            place = held
-            held += 1
-        while place > 3 and best[place - 1] < value:
-            best[place], chosen[place] = best[place - 1], chosen[place - 1]
-            place -= 1
-        best[place], chosen[place] = value, j
+@intrinsic
+def _prefer(typing: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    """The lanes of x where a > b, of y elsewhere."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a, b, x, y = args
+        return builder.select(builder.fcmp_ordered(">", a, b), x, y)
+    return lanes(lanes, lanes, lanes, lanes), code
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def _best(worth, last, blocks, most, values, which):
+    """Of each of 32 queries the `most` blocks of most worth from block 1 to the one before its
+    last two, the best first: fills which (most, 32), -1 for none. values: as large.
+
+    A block comes in at the place where it belongs and pushes the others down, all queries at once.
+    """
+    for i in range(0, most * SIDE, WIDTH):
+        store(values, i, splat(HIDDEN))
+        store(which, i, splat(np.float32(-1)))
+    one = splat(np.float32(1))
+    for c in range(0, SIDE, WIDTH):
+        end = load(last, c) - one
+        for j in range(1, blocks):
+            block = splat(np.float32(j))
+            value = _visible(load(worth, j * SIDE + c), block, one, end)
+            for i in range(c, most * SIDE, SIDE):
+                value2, block2 = load(values, i), load(which, i)
+                store(values, i, _prefer(value, value2, value, value2))
+                store(which, i, _prefer(value, value2, block, block2))
+                value, block = (_prefer(value, value2, value2, value),
+                                _prefer(value, value2, block2, block))
 
 
 @numba.njit(fastmath=FAST, parallel=True, cache=True)
@@ -84,7 +98,9 @@ def choose(q, q_strides, k, k_strides, heads, groups, n, keys, d, first, count, 
         high, worth = floats[w, 2 * span * SIDE + SIDE:][:SIDE], floats[w, 2 * (span + 1) * SIDE:]
         k_rows, queries = halves[w, :span * d], halves[w, span * d:]
         k_at, q_at, columns_at = k_rows.ctypes.data, queries.ctypes.data, words[w].ctypes.data
-        best, packed = np.empty(number, np.float32), -1
+        most, packed = number - 3, -1
+        latest = np.zeros(SIDE, np.float32)
+        values, which = np.empty(most * SIDE, np.float32), np.empty(most * SIDE, np.float32)
         for task in range(w * total // workers, (w + 1) * total // workers):
             pair, i0 = task // tiles, task % tiles * SIDE
             b, g, here = pair // groups, pair % groups, min(SIDE, n - i0)
@@ -115,10 +131,19 @@ def choose(q, q_strides, k, k_strides, heads, groups, n, keys, d, first, count, 
                     _hide(scores, 0, m, low, high)
                     _pay(scores, m, scale, paid)
             for r in range(here):
-                i = i0 + r
+                latest[r] = own[row, i0 + r] // block
+            for r in range(here):
+                i, mine = i0 + r, own[row, i0 + r] // block
                 if last >= number and (r == 0 or first[row, i] != first[row, i - 1]):
                     _value(paid, first[row, i] - begin, m, wide, steps, last + 1, worth)
-                _best(worth, r, own[row, i] // block, chosen[b, g, i], best)
+                    _best(worth, latest, last - 1, most, values, which)
+                if mine < number:
+                    for j in range(number):
+                        chosen[b, g, i, j] = j if j <= mine else -1
+                else:
+                    chosen[b, g, i, 0], chosen[b, g, i, 1], chosen[b, g, i, 2] = 0, mine, mine - 1
+                    for j in range(most):
+                        chosen[b, g, i, 3 + j] = int(which[j * SIDE + r])
         release()
 
 

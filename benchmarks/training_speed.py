@@ -54,7 +54,8 @@ def ours(name: str, batch: int, length: int, device: str, **options: Any,
     settings = {"vocab_size": VOCAB, "d_model": WIDTH, "n_layers": DEPTH, **options}
     model = manyform.create(name, **settings).to(device)
     trainer = Trainer(model, RandomBatches(batch, length, device), TrainConfig(
-        steps=10**6, batch_size=batch, length=length, precision="auto", spike=0.0))
+        steps=10**6, batch_size=batch, length=length, precision="auto", spike=0.0,
+        objective="next" if model.causal else "masked"))
     with trace() as seen:
         trainer.step()
     return lambda: trainer.step().tokens, {op: path for op, path in sorted(seen)}

@@ -47,8 +47,9 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return (torch.is_grad_enabled() and weight.requires_grad and _halves(x, weight)
-            and _fits(x.numel() * weight.shape[0], x, weight))
+    work = x.numel() * weight.shape[0]  # first: most calls of small models end here
+    return (work >= SMALLEST and torch.is_grad_enabled() and weight.requires_grad
+            and _halves(x, weight) and _fits(work, x, weight))
 
 
 @linear.path("tiles", when=_tiled)

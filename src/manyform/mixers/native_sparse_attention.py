@@ -63,6 +63,15 @@ class Compressor(nn.Module):
         return 2 * (self.up.weight.numel() + self.down.weight.numel())
 
 
+def _blocks(x: Tensor, size: int, stride: int) -> Tensor:
+    """Every block of `size` tokens of x (batch, heads, total, d), one every `stride`: slices side
+    by side, which is faster back and forth than picking tokens. (batch, heads, n, size, d)."""
+    parts, steps = x.shape[2] // stride, size // stride
+    x = x[:, :, :parts * stride].unflatten(2, (parts, stride))
+    count = max(parts - steps + 1, 0)
+    return torch.cat([x[:, :, i:i + count] for i in range(steps)], 3)
+
+
 @mixer("native_sparse_attention")
 class NativeSparseAttention(SequenceMixer):
     """y = sum over c of g_c attention_c(q, k_c, v_c), c = compressed, chosen, near (Yuan 2025,
@@ -131,11 +140,13 @@ class NativeSparseAttention(SequenceMixer):
         gates = torch.sigmoid(self.gate(x).to(self._wide())).view(batch, length, 3, heads)
 
         old = held.raw_keys.shape[2]
-        raw = where(_document_starts(state, old, length, reset), length, old + length, True,
-                    x.device)
+        begins = _document_starts(state, old, length, reset)
+        raw = where(begins, length, old + length, True, x.device)
         done = finished(raw, self.size, self.stride)
-        new_k, new_v = self.compress_key(done.tokens(raw_k)), self.compress_value(
-            done.tokens(raw_v))
+        key_blocks, value_blocks = (
+            _blocks(t, self.size, self.stride) if begins is None else done.tokens(t)
+            for t in (raw_k, raw_v))
+        new_k, new_v = self.compress_key(key_blocks), self.compress_value(value_blocks)
         place = raw.at - raw.start  # of the last token of each compressed key in its document
         place = place.expand(batch, -1).gather(1, (done.last - old).clamp(min=0).expand(batch, -1))
         if new_k.shape[2]:

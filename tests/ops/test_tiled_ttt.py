@@ -1,6 +1,8 @@
-"""TTT-Linear on matrix tiles against mini-batches by products, where the processor has tiles."""
+"""Test-time training on matrix tiles against the dual form, where the processor has tiles."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -21,28 +23,31 @@ def _tiles() -> bool:
 needs_tiles = pytest.mark.skipif(not _tiles(), reason="this processor has no matrix tiles")
 
 
-def run(path, length, head_dim, size, resets, carried, batch=2, heads=2):
+def run(path, length, sizes, size, resets, carried, batch=2, heads=2):
     """Results and gradients, also through the last state and into the first."""
     g = torch.Generator().manual_seed(1)
 
     def draw(*shape, dtype=torch.float32):
         return torch.randn(*shape, generator=g).to(dtype).requires_grad_()
+    head_dim = sizes[0]
     qkv = [draw(batch, length, heads, head_dim, dtype=torch.bfloat16) for _ in range(3)]
     rate = (torch.rand(batch, length, heads, generator=g) / head_dim).requires_grad_()
     scale = (1 / torch.arange(1, size + 1)).requires_grad_()
     norm = (torch.tensor([1.0, 0.0])[:, None, None] + 0.1 * draw(2, heads, head_dim)
             ).detach().requires_grad_()
-    initial = (0.05 * draw(heads, head_dim + 1, head_dim)).detach().requires_grad_()
-    leaves = [*qkv, rate, scale, norm, initial]
+    initial = [(0.05 * draw(heads, a + 1, b)).detach().requires_grad_()
+               for a, b in itertools.pairwise(sizes)]
+    leaves = [*qkv, rate, scale, norm, *initial]
     state = None
     if carried:
-        weights = (0.05 * draw(batch, heads, head_dim + 1, head_dim)).detach().requires_grad_()
-        leaves.append(weights)
-        state = TTTState((weights,), (torch.zeros_like(weights),),
+        weights = [(0.05 * draw(batch, heads, a + 1, b)).detach().requires_grad_()
+                   for a, b in itertools.pairwise(sizes)]
+        leaves += weights
+        state = TTTState(tuple(weights), tuple(torch.zeros_like(w) for w in weights),
                          torch.zeros(batch, dtype=torch.int64))
     reset = torch.rand(batch, length, generator=g) < 0.06 if resets else None
     with use(ttt=path):
-        y, after = ttt(*leaves[:6], (initial,), state, reset)
+        y, after = ttt(*leaves[:6], tuple(initial), state, reset)
     outputs = [y, *after.weights, *after.sums]
     grads = torch.autograd.grad(outputs, leaves, [torch.randn(x.shape, generator=g).to(x.dtype)
                                                   for x in outputs],
@@ -51,11 +56,13 @@ def run(path, length, head_dim, size, resets, carried, batch=2, heads=2):
 
 
 @needs_tiles
-@pytest.mark.parametrize(("length", "head_dim", "size", "resets", "carried"), [
-    (64, 64, 16, False, False), (75, 64, 16, False, True), (90, 48, 16, True, True),
-    (40, 128, 16, True, False), (50, 16, 7, True, True)])
-def test_equals_the_dual_form(length, head_dim, size, resets, carried):
-    args = length, head_dim, size, resets, carried
+@pytest.mark.parametrize(("length", "sizes", "size", "resets", "carried"), [
+    (64, [64] * 2, 16, False, False), (75, [64] * 2, 16, False, True),
+    (90, [48] * 2, 16, True, True), (40, [128] * 2, 16, True, False),
+    (50, [16] * 2, 7, True, True), (64, [64, 256, 64], 16, False, False),
+    (330, [32, 64, 32], 16, True, True), (60, [16, 32, 48, 16], 7, False, True)])
+def test_equals_the_dual_form(length, sizes, size, resets, carried):
+    args = length, sizes, size, resets, carried
     for got, want in zip(run("tiles", *args), run("dual", *args), strict=True):
         got, want = got.float(), want.float()
         assert (got - want).norm() <= 6e-3 * want.norm() + 1e-6

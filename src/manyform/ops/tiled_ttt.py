@@ -1,7 +1,9 @@
-"""The form of TTT-Linear that trains on a CPU's matrix tiles: see `kernels.ttt`."""
+"""The forms of test-time training that train on a CPU's matrix tiles: see `kernels.ttt` and
+`kernels.ttt_mlp`."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,31 +13,40 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyform.ops.kernels import dense, threads, usable
-from manyform.ops.tiled_delta import _numpy
 
-SIZE, WIDEST = 16, 128
+SIZE, WIDEST, DEEPEST = 16, 256, 4
 
 
-def applies(q: Tensor, v: Tensor, scale: Tensor, layers: int, position: Tensor | None) -> bool:
-    """True for bfloat16 on a CPU with tiles, one layer, heads of 16, 32, ... 128 features,
+def applies(q: Tensor, v: Tensor, scale: Tensor, initial: tuple[Tensor, ...],
+            position: Tensor | None) -> bool:
+    """True for bfloat16 on a CPU with tiles, up to four layers of 16, 32, ... 256 features,
     mini-batches of up to 16 tokens, and none under way."""
-    if not (layers == 1 and v.dtype == torch.bfloat16 and usable(q, v) and len(scale) <= SIZE
-            and v.shape[-1] % 16 == 0 and v.shape[-1] <= WIDEST and v.shape[1] > 1):
+    if not (v.dtype == torch.bfloat16 and usable(q, v) and len(scale) <= SIZE and v.shape[1] > 1
+            and len(initial) <= DEEPEST
+            and all(n % 16 == 0 and n <= WIDEST for n in _sizes(initial))):
         return False
     from manyform.ops.kernels.tiles import supported
     return supported() and (position is None or not position.any())
 
 
 def tiled_ttt(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, norm: Tensor,
-              initial: Tensor, weights: Tensor, reset: Tensor | None,
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ttt` of one layer from the beginning of a mini-batch on: y, weights, sums, position.
-
-    q, k, v: (B, T, H, D) bfloat16; weights: (B, H, D + 1, D) float32.
-    """
+              initial: tuple[Tensor, ...], weights: tuple[Tensor, ...], reset: Tensor | None,
+              ) -> tuple[Tensor, list[tuple[Tensor, ...]], Tensor]:
+    """`ttt` from the beginning of a mini-batch on: y; weights and sums; position. q, k, v:
+    bfloat16; the rest float32."""
     starts, fresh, position = mini_batches(v.shape[0], v.shape[1], len(scale), reset)
-    y, weights, sums = _TiledTTT.apply(q, k, v, rate, scale, norm, initial, weights, starts, fresh)
-    return y, weights, sums, position
+    y, *after = _TiledTTT.apply(
+        q, k, v, rate, scale, norm, torch.cat([w.flatten(1) for w in initial], 1),
+        torch.cat([w.flatten(2) for w in weights], 2), starts, fresh, _sizes(initial))
+    areas = [w[0].numel() for w in initial]
+    parts = [tuple(w.view(*w.shape[:2], *i.shape[1:])
+                   for w, i in zip(part.split(areas, 2), initial, strict=True)) for part in after]
+    return y, parts, position
+
+
+def _sizes(initial: tuple[Tensor, ...]) -> list[int]:
+    """Features before, between and behind the layers."""
+    return [initial[0].shape[1] - 1, *(w.shape[2] for w in initial)]
 
 
 def mini_batches(batch: int, length: int, size: int, reset: Tensor | None,
@@ -65,43 +76,61 @@ class _TiledTTT(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor,
                 norm: Tensor, initial: Tensor, weights: Tensor, starts: Tensor, fresh: Tensor,
-                ) -> tuple[Tensor, Tensor, Tensor]:
-        from manyform.ops.kernels import ttt as kernel
+                sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         from manyform.ops.kernels.lanes import flat
         q, k, v = (dense(x) for x in (q, k, v))
-        batch, _, heads, d = v.shape
-        tasks, chunks, wide = batch * heads, fresh.shape[1], -(-d // 64) * 64
+        tasks, chunks = v.shape[0] * v.shape[2], fresh.shape[1]
+        kernel, shapes, wide = _kernel(sizes)
+        whole = sum(a * b for a, b in itertools.pairwise(wide))
+        if shapes:
+            kept = [torch.empty(tasks, -(-chunks // kernel.GROUP), whole + sum(wide[1:]))]
+        else:
+            kept = [torch.empty(tasks, chunks, whole, dtype=torch.bfloat16),
+                    torch.empty(tasks, chunks, wide[1])]
         after = weights.clone(memory_format=torch.contiguous_format)
         sums, y = torch.zeros_like(after), torch.empty(v.shape, dtype=v.dtype)
-        states = torch.empty(tasks, chunks, wide * wide, dtype=torch.bfloat16)
-        biases = torch.empty(tasks, chunks, wide)
         read = (q, k, v, rate, scale, norm, initial, starts, fresh)
-        run: Any = kernel.forward
-        run(*_arguments(*read), _rows(after), _rows(sums), flat(y), *_numpy([states]),
-            biases.numpy(), *_scratch(wide))
-        ctx.save_for_backward(*read, states, biases)
+        kernel.forward(*_arguments(*read), _rows(after), _rows(sums), flat(y), *shapes,
+                       *_numpy(kept), *_scratch(kernel, wide))
+        ctx.save_for_backward(*read, *kept)
+        ctx.sizes = sizes
         return y, after, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dweights: Tensor, dsums: Tensor) -> Any:
-        from manyform.ops.kernels import ttt as kernel
         from manyform.ops.kernels.lanes import flat
-        *read, states, biases = ctx.saved_tensors
-        v, rate, scale = read[2], read[3], read[4]
-        heads, d = v.shape[2:]
+        read, kept = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        v, rate, scale = read[2:5]
+        kernel, shapes, wide = _kernel(ctx.sizes)
+        heads, d, tasks = v.shape[2], v.shape[3], len(kept[0])
         before = dweights.clone(memory_format=torch.contiguous_format)
         dq, dk, dv = (torch.empty(v.shape, dtype=v.dtype) for _ in range(3))
-        drate, dnorm = torch.empty(rate.shape), torch.zeros(len(states), 2 * d)
-        dscale, dinitial = torch.zeros(len(states), SIZE), torch.zeros(before.shape)
-        run: Any = kernel.backward
-        run(*_arguments(*read), _rows(before), _rows(dsums.contiguous()),
-            flat(dy.to(v.dtype).contiguous()), *_numpy([states]), biases.numpy(),
-            *(flat(x) for x in (dq, dk, dv, drate)), dnorm.numpy(), dscale.numpy(),
-            _rows(dinitial), *_scratch(biases.shape[-1]))
+        drate, dnorm = torch.empty(rate.shape), torch.zeros(tasks, 2 * d)
+        dscale, dinitial = torch.zeros(tasks, SIZE), torch.zeros(before.shape)
+        kernel.backward(*_arguments(*read), _rows(before), _rows(dsums.contiguous()),
+                        flat(dy.to(v.dtype).contiguous()), *shapes, *_numpy(kept),
+                        *(flat(x) for x in (dq, dk, dv, drate)), dnorm.numpy(), dscale.numpy(),
+                        _rows(dinitial), *_scratch(kernel, wide))
         dnorm = dnorm.view(-1, heads, 2, d).sum(0).transpose(0, 1)
         return (dq, dk, dv, drate, dscale.sum(0)[:len(scale)], dnorm, dinitial.sum(0), before,
-                None, None)
+                None, None, None)
+
+
+def _kernel(sizes: list[int]) -> tuple[Any, tuple[Any, ...], list[int]]:
+    """The module for so many layers, what it is told of their sizes, and sizes in whole tiles."""
+    from manyform.ops.kernels import ttt, ttt_mlp
+    wide = [-(-n // 64) * 64 for n in sizes]
+    if len(sizes) == 2:
+        return ttt, (), wide
+    areas = [a * b for a, b in itertools.pairwise(wide)]
+    return ttt_mlp, (np.array(sizes), np.array(wide), np.cumsum([0, *areas[:-1]]),
+                     np.cumsum([0, *wide[1:-1]])), wide
+
+
+def _numpy(tensors: Any) -> list[Any]:
+    return [x.view(torch.int16).numpy().view("u2") if x.dtype == torch.bfloat16 else x.numpy()
+            for x in tensors]
 
 
 def _rows(x: Tensor) -> Any:
@@ -122,10 +151,9 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, nor
             (v.shape[1], heads, d, len(scale)), starts.contiguous().numpy(), fresh.numpy())
 
 
-def _scratch(wide: int) -> tuple[Any, Any, Any]:
-    from manyform.ops.kernels.ttt import scratch
+def _scratch(kernel: Any, wide: list[int]) -> tuple[Any, Any, Any]:
     workers = threads()
-    floats, halves, words = scratch(wide)
+    floats, halves, words = kernel.scratch(wide[0] if len(wide) == 2 else wide)
     return (torch.zeros(workers, floats).numpy(),
             torch.zeros(workers, halves, dtype=torch.int16).numpy().view("u2"),
             torch.zeros(workers, words, dtype=torch.int32).numpy().view("u4"))

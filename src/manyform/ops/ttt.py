@@ -122,7 +122,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, norm: Tensor
 
 def _tiles(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, norm: Tensor,
            initial: Weights, state: TTTState | None = None, reset: Tensor | None = None) -> bool:
-    return tiled_ttt.applies(q, v, scale, len(initial), None if state is None else state.position)
+    return tiled_ttt.applies(q, v, scale, initial, None if state is None else state.position)
 
 
 @ttt.path("tiles", when=_tiles)
@@ -130,11 +130,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, norm: Tensor
       initial: Weights, state: TTTState | None = None, reset: Tensor | None = None,
       ) -> tuple[Tensor, TTTState]:
     wide = torch.float32
-    weights = _expand(len(q), initial, wide) if state is None else state.weights
-    y, after, sums, position = tiled_ttt.tiled_ttt(
-        q.to(v.dtype), k.to(v.dtype), v, rate.to(wide), scale.to(wide), norm.to(wide),
-        initial[0].to(wide), weights[0].to(wide), reset)
-    return y, TTTState((after,), (sums,), position)
+    begin = tuple(w.to(wide) for w in initial)
+    old, *_ = _start(len(q), begin, state, wide)
+    y, (weights, sums), position = tiled_ttt.tiled_ttt(
+        q.to(v.dtype), k.to(v.dtype), v, rate.to(wide), scale.to(wide), norm.to(wide), begin, old,
+        reset)
+    return y, TTTState(weights, sums, position)
 
 
 class _Held(NamedTuple):

@@ -29,7 +29,7 @@ _EPS = np.float32(1e-6)
 
 
 @numba.njit(fastmath=FAST, cache=True)
-def _unit(z, at, d):
+def unit(z, at, d):
     """A row of z becomes (z - mean) / std; returns 1 / std."""
     acc, many = splat(np.float32(0)), np.float32(d)
     for j in range(at, at + d, WIDTH):
@@ -45,6 +45,117 @@ def _unit(z, at, d):
     for j in range(at, at + d, WIDTH):
         store(z, j, load(z, j) * scale)
     return inverse
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def loss_rows(v, at_v, step_v, rate, at_r, step_r, steps, d, wide, norm, k, z, start, error, grad,
+              statistics, e, to):
+    """Of Z (from `start` on, normalised in place): LN(Z) - target, the loss's gradient, what it is
+    made of (1 / std, and what it has along Z), and the gradient times the rate; k: rows of keys."""
+    many = np.float32(d)
+    for t in range(steps):
+        at = t * wide
+        inverse = unit(z, start + at, d)
+        sums, along = splat(np.float32(0)), splat(np.float32(0))
+        for j in range(0, d, WIDTH):
+            own, scale = load(z, start + at + j), load(norm, j)
+            target = load(v, at_v + t * step_v + j) - load(k, at + j)
+            off = own * scale + load(norm, d + j) - target
+            g = off * scale
+            store(error, at + j, off)
+            store(grad, at + j, g)
+            sums = sums + g
+            along = along + g * own
+        mean, turned = splat(total(sums) / many), total(along) / many
+        statistics[t], statistics[SIZE + t] = inverse, turned
+        meet, scale, step = splat(turned), splat(inverse), splat(get(rate, at_r + t * step_r))
+        for j in range(0, d, WIDTH):
+            g = (load(grad, at + j) - mean - load(z, start + at + j) * meet) * scale
+            store(grad, at + j, g)
+            store(e, to + at + j, g * step)
+    for j in range(to + steps * wide, to + SIZE * wide):
+        e[j] = 0
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def loss_rows_back(de, to, rate, at_r, step_r, first, heads, steps, d, wide, norm, down, z, start,
+                   error, grad, statistics, spare, dx, dv, drate):
+    """The gradient of E -> of Z (in place of Z, zero after the last token), of the norm (added), of
+    keys as targets (dx), of values and rates (from row `first` on)."""
+    many = np.float32(d)
+    for t in range(steps):
+        at, own_z, own_e, out = t * wide, start + t * wide, to + t * wide, first + t * heads
+        step, scale = splat(get(rate, at_r + t * step_r)), splat(statistics[t])
+        along = splat(statistics[SIZE + t])
+        rates, sums = splat(np.float32(0)), splat(np.float32(0))
+        meets, outs = splat(np.float32(0)), splat(np.float32(0))
+        for j in range(0, d, WIDTH):
+            g = load(de, own_e + j)
+            rates = rates + g * load(grad, at + j)
+            g = g * step
+            sums = sums + g
+            meets = meets + g * load(z, own_z + j)
+            outs = outs + g * load(grad, at + j)
+        drate[out] = total(rates)
+        mean, meet = splat(total(sums) / many), splat(total(meets) / many)
+        sums, meets = splat(np.float32(0)), splat(np.float32(0))
+        for j in range(0, d, WIDTH):
+            g, own, off = load(de, own_e + j) * step, load(z, own_z + j), load(error, at + j)
+            gain = load(norm, j)
+            dgrad = (g - mean - own * meet) * scale
+            scaled = dgrad * gain
+            dunit = scaled * gain - (g * along + off * gain * meet) * scale
+            sums = sums + dunit
+            meets = meets + dunit * own
+            store(spare, at + j, dunit)
+            store(dx, at + j, scaled)
+            store_half(dv, out * d + j, splat(np.float32(0)) - scaled)
+            store(down, j, load(down, j) + dgrad * (off + own * gain))
+            store(down, d + j, load(down, d + j) + scaled)
+        mean = splat(total(sums) / many)
+        meet = splat((total(meets) + total(outs)) / many)
+        for j in range(0, d, WIDTH):
+            g = (load(spare, at + j) - mean - load(z, own_z + j) * meet) * scale
+            store(z, own_z + j, g)
+    for j in range(start + steps * wide, start + SIZE * wide):
+        z[j] = 0
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def norm_rows_back(dy, first, heads, steps, d, wide, norm, down, r, start, dx, to):
+    """The gradient of y -> of R (in place of R, zero after the last token), of queries (dx, as the
+    skip gives it) and of the norm (added)."""
+    many = np.float32(d)
+    for t in range(steps):
+        at, own_x, out = start + t * wide, to + t * wide, (first + t * heads) * d
+        inverse = unit(r, at, d)
+        sums, along = splat(np.float32(0)), splat(np.float32(0))
+        for j in range(0, d, WIDTH):
+            g, own = load(dy, out + j), load(r, at + j)
+            store(dx, own_x + j, g)
+            store(down, j, load(down, j) + g * own)
+            store(down, d + j, load(down, d + j) + g)
+            g = g * load(norm, j)
+            sums = sums + g
+            along = along + g * own
+        mean, meet = splat(total(sums) / many), splat(total(along) / many)
+        scale = splat(inverse)
+        for j in range(0, d, WIDTH):
+            g = load(dx, own_x + j) * load(norm, j) - mean - load(r, at + j) * meet
+            store(r, at + j, g * scale)
+    for j in range(start + steps * wide, start + SIZE * wide):
+        r[j] = 0
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def norm_rows(r, start, x, at_x, steps, d, wide, norm, y, first, heads):
+    """y = x + LN(R), R normalised in place."""
+    for t in range(steps):
+        at, out = start + t * wide, (first + t * heads) * d
+        unit(r, at, d)
+        for j in range(0, d, WIDTH):
+            store_half(y, out + j, load(x, at_x + t * wide + j) + load(r, at + j) * load(norm, j)
+                       + load(norm, d + j))
 
 
 @numba.njit(fastmath=FAST, cache=True)
@@ -70,7 +181,7 @@ def _learn(q, k, v, rate, strides, row, head, first, steps, d, wide, norm, minus
     turn(x.ctypes.data, k_turned.ctypes.data, SIZE, wide // 2)
     square(scores.ctypes.data, 4 * SIZE, x.ctypes.data + 2 * SIZE * wide, 2 * wide,
            k_turned.ctypes.data, 4 * SIZE, wide)
-    one, many = splat(np.float32(1)), np.float32(d)
+    one = splat(np.float32(1))
     for t in range(SIZE):
         a = visible(load(scores, t * SIZE) + one, load(mask, t * SIZE))
         store(scores, t * SIZE, a)
@@ -80,29 +191,8 @@ def _learn(q, k, v, rate, strides, row, head, first, steps, d, wide, norm, minus
     for t in range(2 * SIZE):
         for j in range(0, d, WIDTH):
             store(z, t * wide + j, load(z, t * wide + j) + load(bias, j))
-    for t in range(steps):
-        at = t * wide
-        inverse = _unit(z, at, d)
-        sums, along = splat(np.float32(0)), splat(np.float32(0))
-        for j in range(0, d, WIDTH):
-            unit, scale = load(z, at + j), load(norm, j)
-            target = load(v, at_v + t * strides[2, 1] + j) - load(x, at + j)
-            off = unit * scale + load(norm, d + j) - target
-            g = off * scale
-            store(error, at + j, off)
-            store(grad, at + j, g)
-            sums = sums + g
-            along = along + g * unit
-        mean, turned = splat(total(sums) / many), total(along) / many
-        statistics[t], statistics[SIZE + t] = inverse, turned
-        meet, scale, step = splat(turned), splat(inverse), splat(get(rate, at_r
-                                                                     + t * strides[3, 1]))
-        for j in range(0, d, WIDTH):
-            g = (load(grad, at + j) - mean - load(z, at + j) * meet) * scale
-            store(grad, at + j, g)
-            store(e, at + j, g * step)
-    for j in range(steps * wide, SIZE * wide):
-        e[j] = 0
+    loss_rows(v, at_v, strides[2, 1], rate, at_r, strides[3, 1], steps, d, wide, norm, x, z, 0,
+              error, grad, statistics, e, 0)
     pair_rows(e, 0, d, wide, e_pairs, 0)
     strip(z.ctypes.data + 4 * SIZE * wide, 4 * wide, False, masked.ctypes.data, 4 * SIZE,
           e_pairs.ctypes.data, 4 * wide, wide, 2 * SIZE)
@@ -186,13 +276,8 @@ def forward(q, k, v, rate, norm, initial, minus, strides, dims, starts, fresh, w
                 _learn(q, k, v, rate, strides, row, head, first, steps, d, wide, own, minus, mask,
                        states[task, n], bias, x, w_pairs, turned, z, error, grad, statistics, e,
                        e_pairs, scores, shares, masked)
-                for t in range(steps):
-                    at = (SIZE + t) * wide
-                    to = ((row * length + first + t) * heads + head) * d
-                    _unit(z, at, d)
-                    for j in range(0, d, WIDTH):
-                        store_half(y, to + j, load(x, at + j) + load(z, at + j) * load(own, j)
-                                   + load(own, d + j))
+                norm_rows(z, area, x, area, steps, d, wide, own, y, (row * length + first) * heads
+                          + head, heads)
                 last = first + steps == length
                 if steps < size:
                     if not last:
@@ -231,7 +316,7 @@ def backward(q, k, v, rate, norm, initial, minus, strides, dims, starts, fresh, 
     length, heads, d, size = dims
     wide = biases.shape[2]
     workers, tasks = floats.shape[0], dweights.shape[0]
-    area, many = SIZE * wide, np.float32(d)
+    area = SIZE * wide
     for worker in numba.prange(workers):
         configure(SHAPE.ctypes.data)
         f, h, p = floats[worker], halves[worker], words[worker]
@@ -275,31 +360,10 @@ def backward(q, k, v, rate, norm, initial, minus, strides, dims, starts, fresh, 
                 _learn(q, k, v, rate, strides, row, head, first, steps, d, wide, own, minus, mask,
                        states[task, n], biases[task, n], x, w_pairs, turned, z, error, grad,
                        statistics, e, e_pairs, scores, shares, masked)
-                for t in range(SIZE):
-                    at = (SIZE + t) * wide
-                    if t >= steps:
-                        for j in range(0, d, WIDTH):
-                            store(z, at + j, splat(np.float32(0)))
-                            store_half(dz, at + j, splat(np.float32(0)))
-                        continue
-                    to = ((row * length + first + t) * heads + head) * d
-                    inverse = _unit(z, at, d)
-                    sums, along = splat(np.float32(0)), splat(np.float32(0))
-                    for j in range(0, d, WIDTH):
-                        g, unit = load(dy, to + j), load(z, at + j)
-                        store(dx, at + j, g)
-                        store(down, j, load(down, j) + g * unit)
-                        store(down, d + j, load(down, d + j) + g)
-                        g = g * load(own, j)
-                        sums = sums + g
-                        along = along + g * unit
-                    mean, meet = splat(total(sums) / many), splat(total(along) / many)
-                    scale = splat(inverse)
-                    for j in range(0, d, WIDTH):
-                        g = (load(dx, at + j) * load(own, j) - mean
-                             - load(z, at + j) * meet) * scale
-                        store(z, at + j, g)
-                        store_half(dz, at + j, g)
+                base = (row * length + first) * heads + head
+                norm_rows_back(dy, base, heads, steps, d, wide, own, down, z, area, dx, area)
+                for j in range(area, 2 * area, WIDTH):
+                    store_half(dz, j, load(z, j))
                 for j in range(area // 2):
                     dz_pairs[j] = 0
                 pair_rows(z, area, wide, wide, dz_pairs, area // 2)
@@ -343,48 +407,10 @@ def backward(q, k, v, rate, norm, initial, minus, strides, dims, starts, fresh, 
                     if full:
                         steps_scale[size - 1] -= total(acc)
                 # the gradient of the loss's gradient
-                for t in range(steps):
-                    at = t * wide
-                    to = (row * length + first + t) * heads + head
-                    at_r = (row * strides[3, 0] + (first + t) * strides[3, 1]
-                            + head * strides[3, 2])
-                    step, scale = splat(get(rate, at_r)), splat(statistics[t])
-                    along = splat(statistics[SIZE + t])
-                    rates, sums = splat(np.float32(0)), splat(np.float32(0))
-                    meets, outs = splat(np.float32(0)), splat(np.float32(0))
-                    for j in range(at, at + d, WIDTH):
-                        g = load(de, j)
-                        rates = rates + g * load(grad, j)
-                        g = g * step
-                        store(de, j, g)
-                        sums = sums + g
-                        meets = meets + g * load(z, j)
-                        outs = outs + g * load(grad, j)
-                    drate[to] = total(rates)
-                    mean, meet = splat(total(sums) / many), splat(total(meets) / many)
-                    sums, meets = splat(np.float32(0)), splat(np.float32(0))
-                    for j in range(0, d, WIDTH):
-                        g, unit, off = load(de, at + j), load(z, at + j), load(error, at + j)
-                        gain = load(own, j)
-                        dgrad = (g - mean - unit * meet) * scale
-                        scaled = dgrad * gain
-                        dunit = scaled * gain - (g * along + off * gain * meet) * scale
-                        sums = sums + dunit
-                        meets = meets + dunit * unit
-                        store(fed, at + j, dunit)
-                        store(dx, at + j, scaled)
-                        store_half(dv, to * d + j, splat(np.float32(0)) - scaled)
-                        store(down, j, load(down, j) + dgrad * (off + unit * gain))
-                        store(down, d + j, load(down, d + j) + scaled)
-                    mean = splat(total(sums) / many)
-                    meet = splat((total(meets) + total(outs)) / many)
-                    for j in range(at, at + d, WIDTH):
-                        g = (load(fed, j) - mean - load(z, j) * meet) * scale
-                        store(z, j, g)
-                        store_half(dz, j, g)
-                for j in range(steps * wide, area):
-                    z[j] = 0
-                    dz[j] = 0
+                at_r = row * strides[3, 0] + first * strides[3, 1] + head * strides[3, 2]
+                loss_rows_back(de, 0, rate, at_r, strides[3, 1], base, heads, steps, d, wide, own,
+                               down, z, 0, error, grad, statistics, fed, dx, dv, drate)
+                halve(z, SIZE, wide, dz)
                 pair_rows(z, 0, wide, wide, dz_pairs, 0)
                 pair(x.ctypes.data, x_pairs.ctypes.data, 2 * SIZE, wide)
                 turn(states[task, n].ctypes.data, w_turned.ctypes.data, wide, wide // 2)

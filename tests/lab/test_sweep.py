@@ -1,6 +1,7 @@
 """`sweep`: rules, one trunk for many budgets, and the same results however it is run."""
 
 import random
+import shutil
 import sys
 
 import pytest
@@ -191,6 +192,20 @@ def test_going_on_adds_architectures_and_refuses_other_settings(done, text):
     got = sweep(text, **{**SMALL, "archs": "lstm,rnn"}, out=done.path)
     assert (done.path / "runs.csv").read_text().startswith(before)
     assert got.runs.archs == ["lstm", "rnn"]
+
+
+def test_a_further_seed_is_added_to_the_same_runs(done, text, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(done.path, folder)
+    before = (folder / "runs.csv").read_text().splitlines()
+    again = sweep(text, **SMALL, out=folder, seeds=2)
+    after = (folder / "runs.csv").read_text().splitlines()
+    assert again.complete
+    assert len(after) - 1 == 2 * (len(before) - 1)
+    assert set(before) < set(after)
+    assert "--seeds 2" in read_plan(folder)["command"]
+    with pytest.raises(ManyformError, match="seeds=2"):
+        sweep(text, **SMALL, out=folder)
 
 
 def test_what_cannot_be_swept(text, tmp_path):

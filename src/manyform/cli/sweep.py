@@ -37,7 +37,8 @@ def sweep(
         help="A parameter of submitit, as slurm_partition=gpu or timeout_min=600; repeat it."),
     ] = None,
     out: Annotated[Path | None, typer.Option(
-        help="The run folder; an existing one goes on, with new --archs added.")] = None,
+        help="The run folder; an existing one goes on, with new --archs and more --seeds.",
+    )] = None,
     checkpoint_seconds: Annotated[float, typer.Option(
         help="How often an unfinished run is saved.")] = 20.0,
     bootstraps: Annotated[int, typer.Option(help="Resampled fits behind the intervals.")] = 1000,

@@ -84,7 +84,7 @@ def sweep(data: str | Path | None = None, *, archs: Sequence[str] | str | None =
       sizes are not given, and only there.
     seeds: runs of every cell. length: tokens a row. executor: see `manyform.lab.executors`;
       executor_options go to submitit. out: the run folder (a dated one if None); an existing one
-      goes on where it was left, and new architectures are added to it.
+      goes on where it was left, and new architectures and further seeds are added to it.
     checkpoint_seconds: how often an unfinished run is saved. bootstraps: behind the intervals.
 
     Batch, warm-up and learning rate follow from the size (`manyform.lab.ladder`); the learning rate
@@ -175,11 +175,12 @@ def _open(folder: Path, settings: dict[str, Any], names: list[str], screen: live
 
 def _reopen(folder: Path, settings: dict[str, Any], names: list[str], screen: live.Silent,
             ) -> dict[str, Any]:
-    """The plan of a sweep that is there, with the architectures that are new."""
+    """The plan of a sweep that is there, with the architectures and the seeds that are new."""
     from manyform.data import open_dataset
     plan = read_plan(folder)
+    more = settings["seeds"] > plan["settings"]["seeds"]
     for key, value in settings.items():
-        if plan["settings"][key] != value:
+        if plan["settings"][key] != value and not (key == "seeds" and more):
             raise ManyformError(f"{folder} holds a sweep with {key}={plan['settings'][key]!r}, and "
                                 f"this asks for {value!r}; give the same settings to go on with "
                                 "it, or another --out")
@@ -187,6 +188,8 @@ def _reopen(folder: Path, settings: dict[str, Any], names: list[str], screen: li
     if new:
         plan["archs"] |= _admit(new, [rung_from(r) for r in plan["ladder"]],
                                 open_dataset(plan["data"]["path"]), screen)
+    if new or more:
+        plan["settings"] = settings
         plan["command"] = _command(settings, list(plan["archs"]), folder)
         write_atomically(folder / "sweep.json", to_json(plan))
     return plan

@@ -37,6 +37,9 @@ def poison(monkeypatch):
     (NativeSparseAttention, dict(size=8, stride=4, block=8, number=4, window=6)),
     (NativeSparseAttention, dict(size=4, stride=4, block=8, number=5, window=20, n_heads=4,
                                  kv_heads=2)),
+    # Heads as rows of one product, where there are matrix tiles.
+    (NativeSparseAttention, dict(size=8, stride=4, block=8, number=4, window=6, n_heads=4,
+                                 kv_heads=2, head_dim=32)),
 ])
 def test_laws(cls, options):
     manyform.check(cls, length=70, **options)

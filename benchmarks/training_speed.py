@@ -32,6 +32,8 @@ FAMILY: dict[str, tuple[tuple[float | None, float], dict[str, Any]]] = {
     "s4": (CONVOLUTION, {}), "h3": (CONVOLUTION, {}), "striped_hyena": (CONVOLUTION, {}),
     "longformer": (SPARSE, {"window": 256}), "bigbird": (SPARSE, {"window_blocks": 8}),
     "sparse_transformer": (SPARSE, {}), "native_sparse_attention": (SPARSE, {"window": 256}),
+    "transformer_xl": (SPARSE, {}), "ttt_linear": (CHUNKED, {}), "ttt_mlp": (CHUNKED, {}),
+    "titans_mag": (CHUNKED, {}),
 }
 """Entries beyond the foundation's, by how they compute: aims, and what sets them on equal terms."""
 

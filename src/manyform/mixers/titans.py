@@ -16,6 +16,7 @@ from manyform.init import linear, residual_std
 from manyform.norms import RMSNorm
 from manyform.ops.full_precision import full_precision
 from manyform.ops.gated_norm import gated_norm
+from manyform.ops.rms_norm import rms_norm
 from manyform.ops.short_conv import short_conv
 from manyform.ops.titans import NeuralMemory, titans
 
@@ -87,8 +88,10 @@ class NeuralLongTermMemory(SequenceMixer):
         width = self.n_heads * self.head_dim
         qkv, gate = self.in_proj(x).split([3 * width, width], dim=-1)
         qkv, conv = short_conv(qkv, self.conv, state=old_conv, reset=reset, activation="silu")
-        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(2)
-        q, k = (F.normalize(t.to(self._wide()), dim=-1, eps=1e-6).to(v.dtype) for t in (q, k))
+        qk, v = qkv.unflatten(-1, (3 * self.n_heads, -1)).split(
+            [2 * self.n_heads, self.n_heads], dim=2)
+        unit = self.conv.new_full((self.head_dim,), self.head_dim**-0.5)
+        q, k = rms_norm(qk, unit, 1e-12 / self.head_dim).chunk(2, dim=2)
         gates = full_precision(x, self.gates.weight, self.gates.bias)
         step, forget, carry = gates.chunk(3, dim=-1)
         y, memory = titans(q, k, v, self.lr * torch.sigmoid(step), F.logsigmoid(-forget),

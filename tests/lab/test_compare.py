@@ -279,5 +279,29 @@ def test_widths_that_the_first_architecture_cannot_have_are_passed_over(text, tm
     r = lab.compare(text, archs="mistral", out=tmp_path / "a", **free)
     assert r["complete"]
     assert r["archs"]["mistral"]["error"] is None
+    assert r["archs"]["mistral"]["probes"] == {}  # none were asked for
+    assert "The plan has no probes" in (tmp_path / "a" / "report.html").read_text()
     with pytest.raises(ManyformError, match="kv_groups must divide n_heads=6"):
         lab.compare(text, archs="mistral", out=tmp_path / "b", **{**free, "d_model": 384})
+
+
+def test_compiling_does_not_use_up_a_time_budget(text, tmp_path, capsys, monkeypatch):
+    """A budget that compiling alone exceeds: the loops are made to compile inside it for real."""
+    import numba
+
+    from manyform.lab import compare as _  # noqa: F401
+    module = sys.modules["manyform.lab.compare"]
+    admit = module._Comparison._admit
+
+    def admit_and_compile(self, names, shape):
+        timings = admit(self, names, shape)
+        begun, n = time.perf_counter(), 0
+        while time.perf_counter() - begun < 12:
+            n += 1
+            numba.njit(lambda x, n=n: x + n)(1.0)
+        return timings
+    monkeypatch.setattr(module._Comparison, "_admit", admit_and_compile)
+    settings = {k: v for k, v in SMALL.items() if k not in ("budget", "seeds", "show")}
+    r = lab.compare(text, archs="rnn", out=tmp_path / "a", budget="12s", **settings)
+    assert r["complete"]
+    assert "Compiling loops for this machine took" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Budgets, and what a plan makes of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,19 @@ def test_tokens_and_operations_are_ceilings_of_one_run(match):
     assert plan.tokens > 0.99e6
     plan = make_plan(parse_budget("1e12"), BOTH, SHAPE, match=match)
     assert 0.98e12 < max(a.flops for a in plan.archs.values()) <= 1e12
+
+
+def test_a_budget_without_room_for_probes_has_none():
+    slow = replace(SLOW, probe_step=0.5, probe_fixed=5.0)
+    plan = make_plan(parse_budget("40s"), {"slow": slow}, SHAPE)
+    assert plan.probe_steps == 0
+    assert plan.estimated_seconds["probes"] == 0
+    assert min(a.steps for a in plan.archs.values()) >= MIN_STEPS
+    assert make_plan(parse_budget("10m"), {"slow": slow}, SHAPE).probe_steps > 0
+    with pytest.raises(ManyformError, match="too small"):  # asked for, they are never left out
+        make_plan(parse_budget("40s"), {"slow": slow}, SHAPE, probe_steps=100)
+    with pytest.raises(ManyformError, match="at least 0"):
+        make_plan(parse_budget("40s"), {"slow": slow}, SHAPE, probe_steps=-1)
 
 
 def test_a_budget_too_small_names_the_least_and_that_is_enough():

@@ -36,7 +36,7 @@ def compare(
     contexts: Annotated[str, typer.Option(
         help="Where decoding is measured.")] = "256,1024,4096,16384",
     probe_steps: Annotated[int | None, typer.Option(
-        help="Training steps of each probe; left out, from the budget.")] = None,
+        help="Training steps of each probe (0: no probes); left out, from the budget.")] = None,
     out: Annotated[Path | None, typer.Option(
         help="The run folder; an existing one goes on, with new --archs and more --seeds added.",
     )] = None,

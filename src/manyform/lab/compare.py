@@ -33,6 +33,7 @@ from manyform.lab.plan import (
 )
 from manyform.lab.probes import PROBES
 from manyform.lab.tasks import RunFolder, Task, task_list
+from manyform.ops.kernels import compiling
 
 DEFAULT_ARCHS = ("llama", "mamba2", "gated_delta_net", "rwkv7", "lstm", "hyena")
 CONTEXTS = (256, 1024, 4096, 16384)
@@ -86,7 +87,7 @@ def compare(data: str | Path | None = None, *, archs: Sequence[str] | str | None
     seeds: runs of each architecture (None: what the budget allows, one to three).
     d_model, n_layers: size of the first architecture (None: from the budget). length, batch_size:
       tokens a row and rows a step. contexts: where decoding is measured. probe_steps: training
-      steps of each probe (None: from the budget).
+      steps of each probe (None: from the budget; 0: no probes).
     out: the run folder (a dated one under runs/ if None). An existing one goes on where it was
       left; more `archs` and more `seeds` than it has are added to it.
     resume: a run folder to go on with, all settings taken from it.
@@ -161,13 +162,25 @@ class _Comparison:
             "settings": {**settings, "seeds": seeds, "archs": names},
             "device": str(self.device), "archs": {},
             "precision": resolve_precision("auto", self.device)}
-        shape = self._shape(budget, names[0])
-        timings = self._admit(names, shape)
-        plan = make_plan(budget, timings, shape, match=settings["match"], seeds=seeds,
-                         d_model=self.facts["d_model"], spent=time.perf_counter() - begun,
-                         contexts=settings["contexts"], length_factors=FACTORS,
-                         probe_steps=settings["probe_steps"])
-        self._commit(plan)
+        with compiling() as compiled:
+            shape = self._shape(budget, names[0])
+            timings = self._admit(names, shape)
+        spent = time.perf_counter() - begun
+
+        def plan(spent: float) -> Plan:
+            return make_plan(budget, timings, shape, match=settings["match"], seeds=seeds,
+                             d_model=self.facts["d_model"], spent=spent,
+                             contexts=settings["contexts"], length_factors=FACTORS,
+                             probe_steps=settings["probe_steps"])
+        try:
+            made = plan(spent)
+        except ManyformError:
+            if compiled.seconds < 1:
+                raise
+            made = plan(spent - compiled.seconds)
+            self.screen.say(f"Compiling loops for this machine took {compiled.seconds:.0f} s of "
+                            f"the {budget.text}, once: that time comes on top.")
+        self._commit(made)
 
     def reopen(self, settings: dict[str, Any], archs: Sequence[str] | None,
                seeds: int | None) -> None:
@@ -326,8 +339,9 @@ class _Comparison:
     def run(self) -> Results:
         """Do every task that is not done, in order, and gather after each."""
         alive = [n for n in self.facts["archs"] if n in self.plan.archs]
-        pending = set(self.folder.unfinished(alive, self.plan.seeds))
-        tasks = task_list(alive, self.plan.seeds)
+        probes = self.plan.probe_steps > 0
+        pending = set(self.folder.unfinished(alive, self.plan.seeds, probes))
+        tasks = task_list(alive, self.plan.seeds, probes)
         for task in tasks:
             if task not in pending:
                 self.screen.finish(task, self.folder.result(task) or {})

@@ -167,6 +167,8 @@ def describe(plan: Plan, archs: dict[str, Any]) -> list[str]:
              f"{plan.length}; about {_clock(plan.estimated_seconds['total'])} in all.",
              "Learning rate: trials at " + ", ".join(f"{r:g}" for r in plan.lr_candidates)
              + " and one more where the best of them points, on a tenth of the tokens; charged."]
+    if plan.probe_steps == 0:
+        lines.append("Probes: none; they take more time than is left, or were turned off.")
     if plan.tokens and archs:
         lines.append("Time: " + ", ".join(f"{name} {_clock(s)}" for name, s in
                                           plan.estimated_seconds.items() if name != "total"))

@@ -151,13 +151,11 @@ class Plan:
 
 
 class _TooSmallError(Exception):
-    """A time budget holds no plan. seconds: the least that would, with probes as long as now;
-    probe_step: what each further probe step would add."""
+    """A time budget holds no plan. seconds: the least that would."""
 
-    def __init__(self, seconds: float, probe_step: float) -> None:
+    def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
         self.seconds = seconds
-        self.probe_step = probe_step
 
 
 def learning_rates(d_model: int) -> tuple[tuple[float, ...], float]:
@@ -209,28 +207,26 @@ def make_plan(budget: Budget, timings: Mapping[str, Timing], shape: Shape, *, ma
         raise ManyformError(f"seeds must be at least 1, not {seeds}")
     if not timings:
         raise ManyformError("no architecture is left to compare")
-    fixed_probes = probe_steps
-    if probe_steps is None:
-        probe_steps = _probe_steps(budget, timings)
+    if probe_steps is not None and probe_steps < 0:
+        raise ManyformError(f"probe_steps must be at least 0, not {probe_steps}")
     weights = {name: _weight(t, match, shape) for name, t in timings.items()}
-    try:
-        quantum, seeds = _quantum(budget, timings, weights, shape, match, seeds, spent, probe_steps)
-    except _TooSmallError as error:
-        least = error.seconds
-        for _ in range(50):  # a larger budget has longer probes, which must fit too
-            offered = parse_budget(_duration(least))
-            steps = fixed_probes or _probe_steps(offered, timings)
-            needed = error.seconds + (steps - probe_steps) * error.probe_step
-            if needed <= offered.amount:
-                break
-            least = needed
+    # A budget without room for the shortest probes has none.
+    offers = [_probe_steps(budget, timings), 0] if probe_steps is None else [probe_steps]
+    for probe_steps in offers:
+        try:
+            quantum, runs = _quantum(budget, timings, weights, shape, match, seeds, spent,
+                                       probe_steps)
+            break
+        except _TooSmallError as error:
+            least = error.seconds
+    else:
         raise ManyformError(
             f"a budget of {budget.text} is too small for {len(timings)} architectures on this "
             f"machine: about {_duration(least)} would be the least ({MIN_STEPS} training steps "
-            "each, the learning-rate search, evaluation and probes); give more time, fewer "
-            "architectures, or smaller models (--d-model, --layers)") from None
+            "each, the learning-rate search and evaluation); give more time, fewer architectures, "
+            "or smaller models (--d-model, --layers)")
     candidates, factor = learning_rates(d_model)
-    plan = Plan(budget.text, match, seeds, shape.length, shape.batch_size, shape.curve_batches,
+    plan = Plan(budget.text, match, runs, shape.length, shape.batch_size, shape.curve_batches,
                 shape.final_batches, quantum, 0, 0, candidates, factor, probe_steps,
                 tuple(contexts), tuple(length_factors))
     return extend_plan(plan, timings, spent=spent)
@@ -279,7 +275,7 @@ def _seconds(t: Timing, steps: float, seeds: int, shape: Shape, probe_steps: int
     return {"tuning": TRIALS * (trial * t.step + shape.final_batches * t.eval_batch),
             "training": seeds * steps * t.step, "evaluation": evaluations * t.eval_batch,
             "decoding": t.decode + t.memory, "length": t.length,
-            "probes": probe_steps * t.probe_step + t.probe_fixed}
+            "probes": probe_steps * t.probe_step + t.probe_fixed if probe_steps else 0.0}
 
 
 def _probe_steps(budget: Budget, timings: Mapping[str, Timing]) -> int:
@@ -341,7 +337,7 @@ def _quantum(budget: Budget, timings: Mapping[str, Timing], weights: Mapping[str
         if steps >= wanted:
             return quantum, n
     least = spent + total(needed_steps, seeds or 1) / SAFETY
-    raise _TooSmallError(least, sum(t.probe_step for t in timings.values()) / SAFETY)
+    raise _TooSmallError(least)
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
     archs = comparison["archs"]
     seeds = plan["seeds"]
     complete = all(folder.result(task) is not None or _error(folder, task.arch, archs[task.arch])
-                   for task in task_list(list(archs), seeds))
+                   for task in task_list(list(archs), seeds, plan["probe_steps"] > 0))
     return {"manyform": comparison["manyform"], "command": comparison["command"],
             "created": comparison["created"],
             "updated": datetime.now(UTC).isoformat("T", "seconds"), "complete": complete,

@@ -253,7 +253,7 @@ def probes_table(results: Mapping[str, Any]) -> Table:
     return Table("probes", "Probes", ("architecture", "probe", "accuracy", "low", "high",
                                       "at training length", "chance", "bits an answer",
                                       "Brier score", "setting"), rows,
-                 "results.json: archs.*.probes")
+                 "results.json: archs.*.probes", missing=_without_probes(results))
 
 
 def twins_table(results: Mapping[str, Any]) -> Table:
@@ -265,7 +265,14 @@ def twins_table(results: Mapping[str, Any]) -> Table:
             for n, p, r in _probed(results) if predicted(r) is not None]
     return Table("twins", "Probes and their continuous twins", (
         "architecture", "probe", "answers a sequence", "bits an answer", "Brier score", "all right",
-        "predicted, p^L"), rows, "results.json: archs.*.probes", missing=_without_twins(results))
+        "predicted, p^L"), rows, "results.json: archs.*.probes",
+        missing=_without_probes(results) or _without_twins(results))
+
+
+def _without_probes(results: Mapping[str, Any]) -> str:
+    """A sentence where the plan has none."""
+    planned = (results.get("plan") or {}).get("probe_steps")
+    return "The plan has no probes: give more time, or --probe-steps." if planned == 0 else ""
 
 
 def predicted(probe: Mapping[str, Any]) -> float | None:

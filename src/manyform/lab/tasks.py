@@ -46,7 +46,7 @@ class Task:
         return self.kind in ("tune", "train")
 
 
-def task_list(archs: Sequence[str], seeds: int) -> list[Task]:
+def task_list(archs: Sequence[str], seeds: int, probes: bool = True) -> list[Task]:
     """Every task, in the order that makes the report useful early: each stage for all
     architectures before the next, further seeds last."""
     tasks: list[Task] = []
@@ -54,7 +54,8 @@ def task_list(archs: Sequence[str], seeds: int) -> list[Task]:
         tasks.append(Task(arch, "memory"))
         tasks += [Task(arch, "tune", str(i + 1)) for i in range(TRIALS)]
     tasks += [Task(arch, "train", "0") for arch in archs]
-    for kind, keys in (("length", [""]), ("decode", [""]), ("probe", list(PROBES))):
+    named = list(PROBES) if probes else []
+    for kind, keys in (("length", [""]), ("decode", [""]), ("probe", named)):
         tasks += [Task(arch, kind, key) for arch in archs for key in keys]
     for seed in range(1, seeds):
         tasks += [Task(arch, "train", str(seed)) for arch in archs]
@@ -107,9 +108,9 @@ class RunFolder:
         write_atomically(self.task_file(task), to_json({"arch": task.arch, "task": task.name,
                                                         **result}))
 
-    def unfinished(self, archs: Sequence[str], seeds: int) -> Iterator[Task]:
+    def unfinished(self, archs: Sequence[str], seeds: int, probes: bool = True) -> Iterator[Task]:
         """Tasks without a result, failed ones included."""
-        for task in task_list(archs, seeds):
+        for task in task_list(archs, seeds, probes):
             result = self.result(task)
             if result is None or result.get("error"):
                 yield task

@@ -16,6 +16,9 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -71,6 +74,26 @@ def threads() -> int:
     if numba.get_num_threads() != count:
         numba.set_num_threads(count)
     return count
+
+
+@dataclass
+class Compiling:
+    """seconds: spent in compiling loops; what an earlier process compiled is loaded in no time."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def compiling() -> Iterator[Compiling]:
+    """Measures what the loops that are used inside take to compile; known at the end."""
+    spent = Compiling()
+    if not available():
+        yield spent
+        return
+    from numba.core.event import TimingListener, install_listener
+    with install_listener("numba:compile", TimingListener()) as listener:
+        yield spent
+    spent.seconds = listener.duration if listener.done else 0.0
 
 
 def _prefer_openmp() -> None:

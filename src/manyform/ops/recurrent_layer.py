@@ -105,7 +105,8 @@ def _(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
     """One compiled loop over time each way, resets and all; see kernels/recurrent."""
     w, u, b, c = weights
     gates, size = GATES[cell], u.shape[1]
-    z, carried = linear(x, w, b), [s.float() for s in state]
+    with torch.autocast(x.device.type, enabled=False):  # as in torch's own kernels
+        z, carried = linear(x.float(), w, b), [s.float() for s in state]
     more = -size % 32
     if more:  # features that stay zero
         z = F.pad(z.unflatten(-1, (gates, size)), (0, more)).flatten(-2)

@@ -11,14 +11,16 @@ from torch.nn import functional as F
 import manyform.ops.linear as module
 from manyform.linear import Linear
 from manyform.ops import count, trace
+from manyform.ops.kernels.tiles import supported
 from manyform.ops.linear import linear, weight_gradient
+
+ROUNDING = 1e-5 if supported() else 8e-3
+"""Of a sum over tokens: on tiles it stays in float32, torch rounds it to bfloat16."""
 
 
 @pytest.fixture(autouse=True)
-def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    from manyform.ops.kernels.tiles import supported
-    if not supported():
-        pytest.skip("this processor has no matrix tiles")
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products, too, go to the tiles where there are any."""
     monkeypatch.setattr(module, "SMALLEST", 0)
 
 
@@ -39,15 +41,15 @@ def test_sum_over_tokens_of_any_shape(tokens, out, into, seed, threads):
         got = weight_gradient(g, x)
     finally:
         torch.set_num_threads(before)
-    assert got.dtype == torch.float32
-    _close(got, g.double().T @ x.double(), 1e-5)
+    assert got.dtype == (torch.float32 if supported() else torch.bfloat16)
+    _close(got, g.double().T @ x.double(), ROUNDING)
 
 
 @pytest.mark.parametrize(("out", "into"), [(1500, 64), (64, 1500), (1056, 1040)])
 def test_wide_matrices_and_rows_that_lie_apart(out, into):
     g, x = torch.randn(700, 2 * out).bfloat16()[:, out:], torch.randn(700, into + 8).bfloat16()
     x = x[:, :into]
-    _close(weight_gradient(g, x), g.double().T @ x.double(), 1e-5)
+    _close(weight_gradient(g, x), g.double().T @ x.double(), ROUNDING)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -58,7 +60,7 @@ def test_layer_under_autocast_agrees_with_torch(bias, dtype):
     g = torch.randn(2, 300, 80)
     with torch.autocast("cpu", torch.bfloat16), trace() as seen:
         y = layer(x)
-    assert seen["linear", "tiles"] == 1
+    assert seen["linear", "tiles" if supported() else "reference"] == 1
     assert y.dtype == torch.bfloat16
     y.backward(g.bfloat16())
     leaves = [x, *layer.parameters()]
@@ -66,7 +68,7 @@ def test_layer_under_autocast_agrees_with_torch(bias, dtype):
     F.linear(exact[0], *exact[1:]).backward(g.bfloat16().double())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(y, F.linear(x, *leaves[1:]))
-    for leaf, wanted, tolerance in zip(leaves, exact, (4e-3, 1e-5, 1e-5), strict=False):
+    for leaf, wanted, tolerance in zip(leaves, exact, (4e-3, ROUNDING, ROUNDING), strict=False):
         assert leaf.grad.dtype == leaf.dtype
         _close(leaf.grad, wanted.grad, tolerance)
 

@@ -95,7 +95,7 @@ def test_gradients_of_keys_are_shared_out_among_threads(shape, monkeypatch):
     args = facts(*shape, dtype=torch.bfloat16)
     results = []
     for workers in (1, 3):
-        monkeypatch.setattr("manyform.ops.sparse_attention.threads", lambda n=workers: n)
+        monkeypatch.setattr("manyform.ops.tiled_intervals.threads", lambda n=workers: n)
         y = sparse_attention(*args)
         results.append((y, *torch.autograd.grad(y.float().square().sum(), args[:3])))
     for one, three in zip(*results, strict=True):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyform.contract import Cost, Mixer, Place, channel
 from manyform.errors import ManyformError, unknown
 from manyform.init import linear, residual_std
+from manyform.linear import Linear
+from manyform.ops.feed_forward import ACTIVATIONS as FUSED
+from manyform.ops.feed_forward import feed_forward
 from manyform.ops.gelu import gelu_tanh
 from manyform.ops.swiglu import swiglu
 from manyform.state import State
@@ -59,6 +62,8 @@ class MLP(_Feedforward):
 
     def forward(self, x: Tensor, state: State = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, State]:
+        if self.activation in FUSED and _maps(self.up, self.down):
+            return feed_forward(x, self.up.weight, self.down.weight, self.activation), None
         return self.down(ACTIVATIONS[self.activation](self.up(x))), None
 
     def deepnorm_weights(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -87,6 +92,9 @@ class GatedMLP(_Feedforward):
 
     def forward(self, x: Tensor, state: State = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, State]:
+        if self.activation == "silu" and self.gate_scale == self.out_scale == 1 and \
+                _maps(self.gate_up, self.down):
+            return feed_forward(x, self.gate_up.weight, self.down.weight), None
         return self.gated(self.gate_up(x)), None
 
     def gated(self, gate_up: Tensor) -> Tensor:
@@ -101,6 +109,12 @@ class GatedMLP(_Feedforward):
     def deepnorm_weights(self) -> tuple[list[Tensor], list[Tensor]]:
         gate, up = self.gate_up.weight.chunk(2)
         return [up, self.down.weight], [gate]
+
+
+def _maps(*layers: nn.Module) -> bool:
+    """Whether these layers are linear maps and nothing else, so that their weights say all."""
+    return all(type(layer) is Linear and layer.bias is None and not layer._forward_hooks
+               and not layer._forward_pre_hooks for layer in layers)
 
 
 def _activation(name: str) -> str:

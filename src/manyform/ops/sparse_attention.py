@@ -6,8 +6,7 @@ every l-th token is an interval, too). One operation serves them all, and its co
 that are kept.
 
 Forms, the preferred one first:
-  amx        on a CPU with matrix tiles, in bfloat16: see `kernels.sparse_attention`, and where
-             heads share both keys and intervals `kernels.shared_intervals`
+  amx        on a CPU with matrix tiles, in bfloat16: see `tiled_intervals`
   gathered   anywhere: 64 queries at a time against the blocks of 64 keys that any of them sees
   reference  the equation
 """
@@ -15,16 +14,14 @@ Forms, the preferred one first:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from manyform.errors import ManyformError
-from manyform.ops.kernels import threads, usable
+from manyform.ops.kernels import usable
 from manyform.ops.operation import operation
-from manyform.ops.tiled_attention import LOG2E, _readable, _strides
 
 BLOCK = 64
 """Keys, and in the gathered form queries, a block."""
@@ -144,173 +141,7 @@ def _tiles(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, *,
 @sparse_attention.path("amx", when=_tiles)
 def _(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, *, scale: float | None = None,
       ) -> Tensor:
+    from manyform.ops.tiled_intervals import tiled_intervals
     check(q, k, low, high)
     return tiled_intervals(q, k, v, low, high,
                            1 / math.sqrt(q.shape[3]) if scale is None else scale)
-
-
-def tiled_intervals(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float,
-                    ) -> Tensor:
-    """The form for matrix tiles, for arguments that it takes (see `_tiles`)."""
-    together = _together(q.shape[1], k.shape[1], low.shape[1])
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if together > 1:
-        visits = _visits(low, high, k.shape[2], q.shape[3], together)
-        if learns:
-            return _Shared.apply(q, k, v, visits, scale)
-        return _shared_forward(q, k, v, visits, scale)[0]
-    from manyform.ops.kernels.sparse_plan import plan
-    first, end = (x.flatten(0, 1).contiguous().numpy() for x in (low, high))
-    meetings = (*plan(first, end, k.shape[2]), low.shape[1])
-    if learns:
-        return _Sparse.apply(q, k, v, meetings, scale)
-    return _forward(q, k, v, meetings, scale)[0]
-
-
-def _call(loop: Any, tensors: tuple[Tensor, ...], meetings: tuple[Any, ...], *rest: Any) -> None:
-    """Run a loop of `kernels.sparse_attention` with scratch memory; q, k and v come first."""
-    from manyform.ops.kernels import sparse_attention as kernels
-    from manyform.ops.kernels.lanes import flat
-    q, k = tensors[:2]
-    (_, heads, n, d), (_, groups, keys, _) = q.shape, k.shape
-    far_starts = meetings[6]
-    gathers = bool((far_starts[:, 0] < far_starts[:, -1]).any())
-    workers = threads()
-    floats, words, halves = kernels.scratch(n, keys, d, gathers, loop is kernels.backward)
-    scratch = (torch.empty(workers, floats).numpy(),
-               torch.empty(workers, words, dtype=torch.int32).numpy().view("u4"),
-               torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2"))
-    placed = [part for x in tensors for part in (flat(x), _strides(x))]
-    loop(*placed, heads, groups, n, keys, d, *meetings, *rest, *scratch)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, meetings: tuple[Any, ...], scale: float,
-             ) -> tuple[Tensor, Tensor]:
-    import numpy as np
-
-    from manyform.ops.kernels import sparse_attention as kernels
-    from manyform.ops.kernels.lanes import flat
-    q, k, v = (_readable(x) for x in (q, k, v))
-    batch, heads, n, d = q.shape
-    y = torch.empty(batch, n, heads, d, dtype=q.dtype).transpose(1, 2)
-    peaks = torch.empty(batch, heads, -(-n // kernels.SIDE) * kernels.SIDE)
-    _call(kernels.forward, (q, k, v), meetings, np.float32(scale * LOG2E), flat(y), _strides(y),
-          peaks.numpy())
-    return y, peaks
-
-
-class _Sparse(torch.autograd.Function):
-    """Scores are computed again from the kept logarithms of their sums (Dao 2022, algorithm 4)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, meetings: tuple[Any, ...],
-                scale: float) -> Tensor:
-        y, peaks = _forward(q, k, v, meetings, scale)
-        ctx.save_for_backward(q, k, v, y, peaks)
-        ctx.meetings, ctx.scale = meetings, scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        import numpy as np
-
-        from manyform.ops.kernels import sparse_attention as kernels
-        from manyform.ops.kernels.lanes import flat
-        q, k, v, y, peaks = ctx.saved_tensors
-        q, k, v, dy = (_readable(x) for x in (q, k, v, dy.to(q.dtype)))
-        (batch, heads, n, d), (_, groups, keys, _) = q.shape, k.shape
-        dq = torch.empty(batch, n, heads, d, dtype=q.dtype)
-        dk, dv = (torch.empty(batch, keys, heads, d, dtype=q.dtype) for _ in range(2))
-        _call(kernels.backward, (q, k, v, dy, y), ctx.meetings, np.float32(ctx.scale * LOG2E),
-              np.float32(ctx.scale), peaks.numpy(), flat(dq), flat(dk), flat(dv))
-        if heads > groups:
-            dk, dv = (x.view(batch, keys, groups, -1, d).sum(3, dtype=torch.float32).to(x.dtype)
-                      for x in (dk, dv))
-        return *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None
-
-
-def _together(heads: int, groups: int, patterns: int) -> int:
-    """How many heads go as rows of one query: a power of two, at most 32, of those that share both
-    keys and intervals."""
-    shared = heads // math.lcm(groups, patterns)
-    return min(shared & -shared, 32)
-
-
-def _visits(low: Tensor, high: Tensor, keys: int, d: int, together: int) -> tuple[Any, ...]:
-    """What `kernels.shared_intervals` walks through: starts, visitors, edges, sets, together,
-    span."""
-    import numpy as np
-
-    from manyform.ops.kernels.shared_intervals import SPAN
-    from manyform.ops.kernels.sparse_plan import KEYS, SIDE, measure, visit
-    batch, sets, n, intervals = low.shape
-    span = max(SPAN * 64 // d // together, SIDE)
-    spans = -(-n // span)
-    low, high = (F.pad(x, (0, 0, 0, spans * span - n)) if n % span else x for x in (low, high))
-    first, end = (x.reshape(-1, span, intervals).numpy() for x in (low, high))
-    starts = np.empty((batch * sets * spans, -(-keys // KEYS) + 1), np.int64)
-    count = measure(first, end, starts)
-    visitors, edges = np.empty(count, np.int32), np.empty(count, np.int32)
-    visit(first, end, starts, visitors, edges)
-    return starts, visitors, edges, sets, together, span
-
-
-def _shared_scratch(keys: int, d: int, rows: int, gradient: bool) -> tuple[Any, ...]:
-    from manyform.ops.kernels import shared_intervals as kernels
-    workers = threads()
-    floats, words, halves = kernels.scratch(keys, d, rows, gradient)
-    return (kernels.RAMP, torch.empty(workers, floats).numpy(),
-            torch.empty(workers, words, dtype=torch.int32).numpy().view("u4"),
-            torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2"))
-
-
-def _shared_forward(q: Tensor, k: Tensor, v: Tensor, visits: tuple[Any, ...], scale: float,
-                    ) -> tuple[Tensor, Tensor]:
-    import numpy as np
-
-    from manyform.ops.kernels import shared_intervals as kernels
-    from manyform.ops.kernels.lanes import flat
-    q, k, v = (_readable(x) for x in (q, k, v))
-    (batch, heads, n, d), (_, groups, keys, _) = q.shape, k.shape
-    together, span = visits[4:]
-    y = torch.empty(batch, n, heads, d, dtype=q.dtype).transpose(1, 2)
-    peaks = torch.empty(batch, heads // together, -(-n // span) * span * together)
-    run: Any = kernels.forward
-    run(*(part for x in (q, k, v) for part in (flat(x), _strides(x))), heads, groups, n, keys, d,
-        *visits, np.float32(scale * LOG2E), flat(y), _strides(y), peaks.numpy(),
-        *_shared_scratch(keys, d, span * together, False))
-    return y, peaks
-
-
-class _Shared(torch.autograd.Function):
-    """`_Sparse` where heads share keys and intervals."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visits: tuple[Any, ...],
-                scale: float) -> Tensor:
-        y, peaks = _shared_forward(q, k, v, visits, scale)
-        ctx.save_for_backward(q, k, v, y, peaks)
-        ctx.visits, ctx.scale = visits, scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        import numpy as np
-
-        from manyform.ops.kernels import shared_intervals as kernels
-        from manyform.ops.kernels.lanes import flat
-        q, k, v, y, peaks = ctx.saved_tensors
-        q, k, v, dy = (_readable(x) for x in (q, k, v, dy.to(q.dtype)))
-        (batch, heads, n, d), (_, groups, keys, _) = q.shape, k.shape
-        together, span = ctx.visits[4:]
-        shares = 1 if batch * groups >= threads() else threads()
-        dq = torch.empty(batch, n, heads, d, dtype=q.dtype)
-        dk, dv = (torch.empty(shares, batch, keys, groups, d, dtype=q.dtype) for _ in range(2))
-        run: Any = kernels.backward
-        run(*(part for x in (q, k, v, dy, y) for part in (flat(x), _strides(x))), heads, groups, n,
-            keys, d, *ctx.visits, np.float32(ctx.scale * LOG2E), np.float32(ctx.scale),
-            peaks.numpy(), flat(dq), flat(dk), flat(dv),
-            *_shared_scratch(keys, d, span * together, True))
-        dk, dv = (x[0] if shares == 1 else x.sum(0, dtype=torch.float32).to(x.dtype)
-                  for x in (dk, dv))
-        return *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None

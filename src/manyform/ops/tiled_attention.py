@@ -47,7 +47,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None
     first = _first_visible(start, q.shape[0], length, n, window)
     scale = 1 / math.sqrt(d) if scale is None else scale
     if window is not None and slopes is None and wide == d and NARROW * window <= length:
-        from manyform.ops.sparse_attention import tiled_intervals
+        from manyform.ops.tiled_intervals import tiled_intervals
         low = first[:, None, :length, None]
         high = torch.arange(1, length + 1)[:, None].expand_as(low)
         return tiled_intervals(q, k, v, low, high, scale)

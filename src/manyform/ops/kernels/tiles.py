@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from manyform.ops.kernels.lanes import FAST, WIDTH, lanes
+from manyform.ops.kernels.lanes import FAST, WIDTH, lanes, splat
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _V16, _V32 = ir.VectorType(ir.IntType(16), WIDTH), ir.VectorType(_I32, WIDTH)
@@ -203,6 +203,41 @@ def exceeds(typing: Any, value: Any, limit: Any) -> Any:
         over = builder.bitcast(builder.fcmp_unordered(">", args[0], limit), ir.IntType(WIDTH))
         return builder.icmp_unsigned("!=", over, ir.IntType(WIDTH)(0))
     return types.boolean(lanes, types.float32), code
+
+
+@intrinsic
+def _reciprocal(typing: Any, value: Any) -> Any:
+    """1 / v with a relative error of 2^-14."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        mask = ir.IntType(16)
+        kind = ir.FunctionType(_VF, [_VF, _VF, mask])
+        near = builder.module.declare_intrinsic("llvm.x86.avx512.rcp14.ps.512", fnty=kind)
+        return builder.call(near, [args[0], args[0], mask(0xFFFF)])
+    return lanes(lanes), code
+
+
+@numba.njit(inline="always")
+def sigmoid(v):  # type: ignore[no-untyped-def]
+    """1 / (1 + e^-v) with a relative error of 7e-5, for what will be bfloat16."""
+    return _reciprocal(splat(np.float32(1)) + exp2(v * splat(np.float32(-1.4426950408889634))))
+
+
+# gelu(v) = v sigmoid(v (a + c v^2)), GELU by tanh
+A, C = np.float32(2 * 0.7978845608028654), np.float32(2 * 0.7978845608028654 * 0.044715)
+
+
+@numba.njit(inline="always")
+def gelu(v):  # type: ignore[no-untyped-def]
+    """GELU by tanh, as exact as `sigmoid`."""
+    return v * sigmoid(v * (splat(A) + splat(C) * v * v))
+
+
+@numba.njit(inline="always")
+def gelu_slope(v):  # type: ignore[no-untyped-def]
+    """Its derivative: s + v s (1 - s) (a + 3 c v^2)."""
+    cubic, one = splat(C) * v * v, splat(np.float32(1))
+    s = sigmoid(v * (splat(A) + cubic))
+    return s * (one + v * (one - s) * (splat(A) + splat(np.float32(3)) * cubic))
 
 
 # 2^f on [-1/2, 1/2]; relative error 4e-6, far below the 4e-3 of bfloat16.

@@ -24,8 +24,7 @@ import numba
 import numpy as np
 
 from manyform.ops.kernels.delta_forms import multiply, pair, turn
-from manyform.ops.kernels.lanes import FAST, WIDTH, get, load, sigmoid, splat, store, total
-from manyform.ops.kernels.lanes import turn as transpose
+from manyform.ops.kernels.lanes import FAST, WIDTH, load, sigmoid, splat, store, total
 from manyform.ops.kernels.strips import (
     SIZE,
     copy_rows,
@@ -35,88 +34,21 @@ from manyform.ops.kernels.strips import (
     square,
     strip,
 )
-from manyform.ops.kernels.tiles import SHAPE, configure, exp2, release, store_half
+from manyform.ops.kernels.tiles import SHAPE, configure, release, store_half
+from manyform.ops.kernels.titans_gates import (
+    KEEP,
+    MIX,
+    MOVE,
+    PUSH,
+    RATE,
+    SHARE,
+    SQUARE,
+    gates,
+    gates_back,
+)
 
 GROUP = 8
 """Chunks between the memories that are kept."""
-_LOG2E = np.float32(1.4426950408889634)
-_FORGET = np.float32(-200)
-"""A log decay whose factor is exactly 0 in float32."""
-_SQUARE = SIZE * SIZE
-_KEEP, _MIX, _MOVE, _RATE = 0, SIZE, 2 * SIZE, 3 * SIZE  # in `lines`: what is of each step
-_KEPT, _MOVED, _PUSH, _SHARE = (i * _SQUARE for i in range(4))  # in `pairs`: of two steps each
-
-
-@numba.njit(fastmath=FAST, cache=True)
-def _gates(rate, log_keep, log_momentum, strides, row, head, first, steps, lines, pairs):
-    """All that the gates of a chunk give; after its end nothing is forgotten nor learned."""
-    at_rate = row * strides[3, 0] + first * strides[3, 1] + head * strides[3, 2]
-    at_keep = row * strides[4, 0] + first * strides[4, 1] + head * strides[4, 2]
-    at_move = row * strides[5, 0] + first * strides[5, 1] + head * strides[5, 2]
-    keep = move = np.float32(0)
-    for t in range(SIZE):
-        if t < steps:
-            keep += max(get(log_keep, at_keep + t * strides[4, 1]), _FORGET) * _LOG2E
-            move += max(get(log_momentum, at_move + t * strides[5, 1]), _FORGET) * _LOG2E
-            lines[_RATE + t] = get(rate, at_rate + t * strides[3, 1])
-        else:
-            lines[_RATE + t] = 0
-        lines[_KEEP + t], lines[_MOVE + t] = keep, move
-    zero, kept, moved = splat(np.float32(0)), load(lines, _KEEP), load(lines, _MOVE)
-    rates = load(lines, _RATE)
-    for t in range(SIZE):
-        store(pairs, _KEPT + t * SIZE, exp2(splat(lines[_KEEP + t]) - kept))
-        store(pairs, _MOVED + t * SIZE, exp2(splat(lines[_MOVE + t]) - moved))
-        for s in range(t + 1, SIZE):
-            pairs[_KEPT + t * SIZE + s] = 0
-            pairs[_MOVED + t * SIZE + s] = 0
-        store(pairs, _PUSH + t * SIZE, zero - load(pairs, _MOVED + t * SIZE) * rates)
-    store(lines, _KEEP, exp2(kept))
-    store(lines, _MOVE, exp2(moved))
-    for t in range(SIZE):
-        acc, mix = zero, np.float32(0)
-        for r in range(t + 1):
-            factor = pairs[_KEPT + t * SIZE + r]
-            acc = acc + splat(factor) * load(pairs, _PUSH + r * SIZE)
-            mix += factor * lines[_MOVE + r]
-        store(pairs, _SHARE + t * SIZE, acc)
-        lines[_MIX + t] = mix
-
-
-@numba.njit(fastmath=FAST, cache=True)
-def _gates_back(lines, pairs, dlines, dpairs, spare):
-    """Gradients of keep, mix, move, share and push -> those of the log decays and the rates, in the
-    first, the third and the fourth line."""
-    kept, moved = pairs[_KEPT:_KEPT + _SQUARE], pairs[_MOVED:_MOVED + _SQUARE]
-    push, dpush = pairs[_PUSH:_PUSH + _SQUARE], dpairs[_PUSH:_PUSH + _SQUARE]
-    dshare = dpairs[_SHARE:_SHARE + _SQUARE]
-    zero, one = splat(np.float32(0)), np.float32(1)
-    transpose(push, 0, SIZE, spare, 0, SIZE)
-    keeps, moves, rates, dmove = zero, zero, zero, load(dlines, _MOVE)
-    for t in range(SIZE):
-        acc = splat(dlines[_MIX + t]) * load(lines, _MOVE)
-        for s in range(t + 1):
-            acc = acc + splat(dshare[t * SIZE + s]) * load(spare, s * SIZE)
-            factor = splat(kept[t * SIZE + s])
-            store(dpush, s * SIZE, load(dpush, s * SIZE) + factor * load(dshare, t * SIZE))
-        dmove = dmove + splat(dlines[_MIX + t]) * load(kept, t * SIZE)
-        acc = acc * load(kept, t * SIZE)
-        keeps = keeps - acc
-        dlines[_KEEP + t] = dlines[_KEEP + t] * lines[_KEEP + t] + total(acc)
-    store(dlines, _MOVE, dmove * load(lines, _MOVE))
-    for t in range(SIZE):
-        acc = load(dpush, t * SIZE)
-        rates = rates - acc * load(moved, t * SIZE)
-        acc = acc * load(push, t * SIZE)
-        moves = moves - acc
-        dlines[_MOVE + t] += total(acc)
-    store(dlines, _RATE, rates)
-    store(dlines, _KEEP, load(dlines, _KEEP) + keeps)
-    store(dlines, _MOVE, load(dlines, _MOVE) + moves)
-    for back in range(1, SIZE):
-        t = SIZE - 1 - back
-        dlines[_KEEP + t] += one * dlines[_KEEP + t + 1]
-        dlines[_MOVE + t] += one * dlines[_MOVE + t + 1]
 
 
 @numba.njit(fastmath=FAST, cache=True)
@@ -134,8 +66,8 @@ def _keep_and_fade(m, s, keep, mix, move, m_rows, s_rows):
 @numba.njit(fastmath=FAST, cache=True)
 def _keep_and_fade_back(dm, ds, m_rows, s_rows, last, lines, dlines, dm_rows, ds_rows):
     """The same for gradients, and those of the factors, from M and S before the chunk."""
-    keep, mix = splat(lines[_KEEP + last]), splat(lines[_MIX + last])
-    move = splat(lines[_MOVE + last])
+    keep, mix = splat(lines[KEEP + last]), splat(lines[MIX + last])
+    move = splat(lines[MOVE + last])
     keeps, mixes, moves = splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0))
     for j in range(0, dm.size, WIDTH):
         a, b, s = load(dm, j), load(ds, j), load(s_rows, j)
@@ -146,9 +78,9 @@ def _keep_and_fade_back(dm, ds, m_rows, s_rows, last, lines, dlines, dm_rows, ds
         moves = moves + b * s
         store(dm, j, a * keep)
         store(ds, j, a * mix + b * move)
-    dlines[_KEEP + last] += total(keeps)
-    dlines[_MIX + last] += total(mixes)
-    dlines[_MOVE + last] += total(moves)
+    dlines[KEEP + last] += total(keeps)
+    dlines[MIX + last] += total(mixes)
+    dlines[MOVE + last] += total(moves)
 
 
 @numba.njit(fastmath=FAST, cache=True)
@@ -236,7 +168,7 @@ def _read(wide, at, slab, lines, share, m_pairs, s_rows, x, h, r, e_rows, scores
           masked, right, turned):
     """R from H_0, and H; scores: H X^T of each layer, weights: A."""
     layers = len(at)
-    keeps, mixes = lines[_KEEP:_KEEP + SIZE], lines[_MIX:_MIX + SIZE]
+    keeps, mixes = lines[KEEP:KEEP + SIZE], lines[MIX:MIX + SIZE]
     for i in range(layers):
         n, k, to = wide[i + 1], wide[i], r[i * slab:].ctypes.data
         _scaled_rows(h, i * slab, keeps, k, rows)
@@ -246,11 +178,11 @@ def _read(wide, at, slab, lines, share, m_pairs, s_rows, x, h, r, e_rows, scores
         pair(s_rows[at[i]:].ctypes.data, turned.ctypes.data, k, n)
         strip(to, 4 * n, False, rows.ctypes.data, 2 * k, turned.ctypes.data, 4 * n, n, k)
         turn(x[i * slab:].ctypes.data, turned.ctypes.data, SIZE, k // 2)
-        square(scores[i * _SQUARE:].ctypes.data, 4 * SIZE, h[i * slab:].ctypes.data, 2 * k,
+        square(scores[i * SQUARE:].ctypes.data, 4 * SIZE, h[i * slab:].ctypes.data, 2 * k,
                turned.ctypes.data, 4 * SIZE, k)
         for t in range(SIZE):
-            a = load(scores, i * _SQUARE + t * SIZE) * load(share, t * SIZE)
-            store(weights, i * _SQUARE + t * SIZE, a)
+            a = load(scores, i * SQUARE + t * SIZE) * load(share, t * SIZE)
+            store(weights, i * SQUARE + t * SIZE, a)
             store_half(masked, 2 * t * SIZE, a)
         pair_alone(e_rows, i * slab, n, n, right, 0)
         strip(to, 4 * n, False, masked.ctypes.data, 4 * SIZE, right.ctypes.data, 4 * n, n, 2 * SIZE)
@@ -307,15 +239,15 @@ def forward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wide
         z, f = f[:layers * slab], f[layers * slab:]
         behind, f = f[:layers * slab], f[layers * slab:]
         e, f = f[:layers * slab], f[layers * slab:]
-        scores, f = f[:layers * _SQUARE], f[layers * _SQUARE:]
-        weights, f = f[:layers * _SQUARE], f[layers * _SQUARE:]
-        pairs, lines = f[:4 * _SQUARE], f[4 * _SQUARE:4 * _SQUARE + 4 * SIZE]
+        scores, f = f[:layers * SQUARE], f[layers * SQUARE:]
+        weights, f = f[:layers * SQUARE], f[layers * SQUARE:]
+        pairs, lines = f[:4 * SQUARE], f[4 * SQUARE:4 * SQUARE + 4 * SIZE]
         m_rows, h_ = h_[:whole], h_[whole:]
         s_rows, h_ = h_[:whole], h_[whole:]
         x, h_ = h_[:layers * slab], h_[layers * slab:]
         h, h_ = h_[:layers * slab], h_[layers * slab:]
         e_rows, h_ = h_[:layers * slab], h_[layers * slab:]
-        rows, masked = h_[:slab], h_[slab:slab + 2 * _SQUARE]
+        rows, masked = h_[:slab], h_[slab:slab + 2 * SQUARE]
         m_pairs, p = p[:whole // 2], p[whole // 2:]
         m_turned, p = p[:whole // 2], p[whole // 2:]
         left, p = p[:slab], p[slab:]
@@ -338,9 +270,9 @@ def forward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wide
                 final = first + steps == length
                 if final:
                     copy_out(m, sizes, wide, at, begin[task], False)
-                _gates(rate, log_keep, log_momentum, strides, row, head, first, steps, lines, pairs)
+                gates(rate, log_keep, log_momentum, strides, row, head, first, steps, lines, pairs)
                 last = steps - 1
-                _keep_and_fade(m, s, lines[_KEEP + last], lines[_MIX + last], lines[_MOVE + last],
+                _keep_and_fade(m, s, lines[KEEP + last], lines[MIX + last], lines[MOVE + last],
                                m_rows, s_rows)
                 copy_rows(k, row * strides[1, 0] + first * strides[1, 1] + head * strides[1, 2],
                           strides[1, 1], steps, d, wide[0], x, 0)
@@ -349,7 +281,7 @@ def forward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wide
                 at_v = row * strides[2, 0] + first * strides[2, 1] + head * strides[2, 2]
                 _learn(v, at_v, strides[2, 1], steps, d, wide, at, slab, m_rows, m_pairs, m_turned,
                        x, z, behind, e, e_rows)
-                share = pairs[_SHARE:_SHARE + _SQUARE]
+                share = pairs[SHARE:SHARE + SQUARE]
                 _read(wide, at, slab, lines, share, m_pairs, s_rows, x, h, z, e_rows, scores,
                       weights, rows, masked, right, turned)
                 for t in range(steps):
@@ -358,7 +290,7 @@ def forward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wide
                         store_half(y, to + j, load(z, (layers - 1) * slab + t * wide[layers] + j))
                 if final or not fresh[row, n + 1]:
                     _write(wide, at, slab, share[last * SIZE:],
-                           pairs[_PUSH + last * SIZE:_PUSH + _SQUARE], x, e, m, s, rows, left,
+                           pairs[PUSH + last * SIZE:PUSH + SQUARE], x, e, m, s, rows, left,
                            right, turned)
                 if final:
                     copy_out(m, sizes, wide, at, memory[task], False)
@@ -398,11 +330,11 @@ def backward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wid
         g, f = f[:slab], f[slab:]
         one, f = f[:slab], f[slab:]
         two, f = f[:slab], f[slab:]
-        scores, f = f[:layers * _SQUARE], f[layers * _SQUARE:]
-        weights, f = f[:layers * _SQUARE], f[layers * _SQUARE:]
-        pairs, f = f[:4 * _SQUARE], f[4 * _SQUARE:]
-        dpairs, f = f[:4 * _SQUARE], f[4 * _SQUARE:]
-        meet, f = f[:_SQUARE], f[_SQUARE:]
+        scores, f = f[:layers * SQUARE], f[layers * SQUARE:]
+        weights, f = f[:layers * SQUARE], f[layers * SQUARE:]
+        pairs, f = f[:4 * SQUARE], f[4 * SQUARE:]
+        dpairs, f = f[:4 * SQUARE], f[4 * SQUARE:]
+        meet, f = f[:SQUARE], f[SQUARE:]
         lines, dlines = f[:4 * SIZE], f[4 * SIZE:8 * SIZE]
         group, h_ = h_[:2 * GROUP * whole], h_[2 * GROUP * whole:]
         dm_rows, h_ = h_[:whole], h_[whole:]
@@ -410,15 +342,15 @@ def backward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wid
         x, h_ = h_[:layers * slab], h_[layers * slab:]
         h, h_ = h_[:layers * slab], h_[layers * slab:]
         e_rows, h_ = h_[:layers * slab], h_[layers * slab:]
-        rows, masked = h_[:slab], h_[slab:slab + 2 * _SQUARE]
+        rows, masked = h_[:slab], h_[slab:slab + 2 * SQUARE]
         m_pairs, p = p[:whole // 2], p[whole // 2:]
         m_turned, p = p[:whole // 2], p[whole // 2:]
         lefts, p = p[:layers * slab], p[layers * slab:]
         rights, p = p[:layers * slab], p[layers * slab:]
         left, p = p[:slab], p[slab:]
         right, p = p[:slab], p[slab:]
-        block, turned = p[:_SQUARE], p[_SQUARE:]
-        share = pairs[_SHARE:_SHARE + _SQUARE]
+        block, turned = p[:SQUARE], p[SQUARE:]
+        share = pairs[SHARE:SHARE + SQUARE]
         for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
             row, head = task // heads, task % heads
             copy_in(dmemory[task], sizes, wide, at, dm)
@@ -442,11 +374,11 @@ def backward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wid
                         first = starts[row, c]
                         steps = starts[row, c + 1] - first
                         last = steps - 1
-                        _gates(rate, log_keep, log_momentum, strides, row, head, first, steps,
+                        gates(rate, log_keep, log_momentum, strides, row, head, first, steps,
                                lines, pairs)
                         base = c % GROUP * 2 * whole
-                        _keep_and_fade(m, s, lines[_KEEP + last], lines[_MIX + last],
-                                       lines[_MOVE + last], group[base:base + whole],
+                        _keep_and_fade(m, s, lines[KEEP + last], lines[MIX + last],
+                                       lines[MOVE + last], group[base:base + whole],
                                        group[base + whole:])
                         if c == n or fresh[row, c + 1]:
                             continue
@@ -456,14 +388,14 @@ def backward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wid
                         _learn(v, at_v, strides[2, 1], steps, d, wide, at, slab, group[base:],
                                m_pairs, m_turned, x, z, behind, e, e_rows)
                         _write(wide, at, slab, share[last * SIZE:],
-                               pairs[_PUSH + last * SIZE:_PUSH + _SQUARE], x, e, m, s, rows, left,
+                               pairs[PUSH + last * SIZE:PUSH + SQUARE], x, e, m, s, rows, left,
                                right, turned)
                 first = starts[row, n]
                 steps = starts[row, n + 1] - first
                 last = steps - 1
                 base = n % GROUP * 2 * whole
                 m_rows, s_rows = group[base:base + whole], group[base + whole:base + 2 * whole]
-                _gates(rate, log_keep, log_momentum, strides, row, head, first, steps, lines, pairs)
+                gates(rate, log_keep, log_momentum, strides, row, head, first, steps, lines, pairs)
                 copy_rows(k, row * strides[1, 0] + first * strides[1, 1] + head * strides[1, 2],
                           strides[1, 1], steps, d, wide[0], x, 0)
                 copy_rows(q, row * strides[0, 0] + first * strides[0, 1] + head * strides[0, 2],
@@ -484,7 +416,7 @@ def backward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wid
                     to_x, to_e = dx[i * slab:].ctypes.data, de[i * slab:]
                     for kind in range(2):
                         part = dm_rows[at[i]:] if kind == 0 else ds_rows[at[i]:]
-                        line = (_SHARE if kind == 0 else _PUSH) + last * SIZE
+                        line = (SHARE if kind == 0 else PUSH) + last * SIZE
                         pair(part.ctypes.data, turned.ctypes.data, c, o)
                         strip(one.ctypes.data, 4 * o, True, own_x, 2 * c, turned.ctypes.data, 4 * o,
                               o, c)
@@ -519,26 +451,26 @@ def backward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wid
                     strip(two.ctypes.data, 4 * c, True, rows.ctypes.data, 2 * o, turned.ctypes.data,
                           4 * c, c, o)
                     for t in range(SIZE):
-                        keep, mix = splat(lines[_KEEP + t]), splat(lines[_MIX + t])
+                        keep, mix = splat(lines[KEEP + t]), splat(lines[MIX + t])
                         keeps, mixes = splat(np.float32(0)), splat(np.float32(0))
                         for j in range(t * c, (t + 1) * c, WIDTH):
                             u, w, own = load(one, j), load(two, j), load(h, i * slab + j)
                             keeps = keeps + u * own
                             mixes = mixes + w * own
                             store(one, j, u * keep + w * mix)
-                        dlines[_KEEP + t] += total(keeps)
-                        dlines[_MIX + t] += total(mixes)
+                        dlines[KEEP + t] += total(keeps)
+                        dlines[MIX + t] += total(mixes)
                     turn(e_rows[i * slab:].ctypes.data, turned.ctypes.data, SIZE, o // 2)
                     square(meet.ctypes.data, 4 * SIZE, rows.ctypes.data, 2 * o, turned.ctypes.data,
                            4 * SIZE, o)
                     for t in range(SIZE):
-                        u, there = load(meet, t * SIZE), _SHARE + t * SIZE
+                        u, there = load(meet, t * SIZE), SHARE + t * SIZE
                         store(dpairs, there, load(dpairs, there)
-                              + u * load(scores, i * _SQUARE + t * SIZE))
+                              + u * load(scores, i * SQUARE + t * SIZE))
                         u = u * load(share, t * SIZE)
                         store(meet, t * SIZE, u)
                         store_half(masked, 2 * t * SIZE, u)
-                    _scaled_rows(h, i * slab, lines[_KEEP:], c, rows)
+                    _scaled_rows(h, i * slab, lines[KEEP:], c, rows)
                     pair_rows(rows, 0, c, c, lefts, i * slab + SIZE // 2 * c)
                     pair_rows(x, i * slab, c, c, lefts, i * slab)
                     # D X, where keep H meets zeros; D^T H; A^T G
@@ -549,12 +481,12 @@ def backward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wid
                     pair_alone(h, i * slab, c, c, left, 0)
                     strip(dx[i * slab:].ctypes.data, 4 * c, False, masked.ctypes.data, 4 * SIZE,
                           left.ctypes.data, 4 * c, c, 2 * SIZE)
-                    pair_square(weights[i * _SQUARE:], block, 0)
+                    pair_square(weights[i * SQUARE:], block, 0)
                     turn(block.ctypes.data, masked.ctypes.data, SIZE, SIZE)
                     pair_alone(g, 0, o, o, right, 0)
                     strip(de[i * slab:].ctypes.data, 4 * o, False, masked.ctypes.data, 4 * SIZE,
                           right.ctypes.data, 4 * o, o, 2 * SIZE)
-                    _scaled_rows(h, i * slab, lines[_MIX:], c, rows)
+                    _scaled_rows(h, i * slab, lines[MIX:], c, rows)
                     pair_alone(rows, 0, c, c, left, 0)
                     turn(left.ctypes.data, turned.ctypes.data, SIZE, c)
                     multiply(ds[at[i]:].ctypes.data, 4 * o, False, turned.ctypes.data, 4 * SIZE,
@@ -605,14 +537,14 @@ def backward(q, k, v, rate, log_keep, log_momentum, initial, strides, sizes, wid
                         for j in range((i - 1) * slab, (i - 1) * slab + SIZE * c, WIDTH):
                             u = load(dx, j + slab) * _slope(load(z, j))
                             store(de, j, load(de, j) + u)
-                _gates_back(lines, pairs, dlines, dpairs, meet)
+                gates_back(lines, pairs, dlines, dpairs, meet)
                 for t in range(steps):
                     to = (row * length + first + t) * heads + head
                     for j in range(0, d, WIDTH):
                         store_half(dk, to * d + j, load(dx, t * wide[0] + j))
-                    drate[to] = dlines[_RATE + t]
-                    dlog_keep[to] = dlines[_KEEP + t]
-                    dlog_momentum[to] = dlines[_MOVE + t]
+                    drate[to] = dlines[RATE + t]
+                    dlog_keep[to] = dlines[KEEP + t]
+                    dlog_momentum[to] = dlines[MOVE + t]
                 if back == 0 and steps < size:
                     copy_in(dbegin[task], sizes, wide, at, m)
                     for j in range(0, whole, WIDTH):
@@ -631,6 +563,6 @@ def scratch(wide):
     layers, slab = len(wide) - 1, SIZE * max(wide)
     whole = sum(wide[i] * wide[i + 1] for i in range(layers))
     largest = max(wide[i] * wide[i + 1] for i in range(layers))
-    return (4 * whole + (6 * layers + 3) * slab + 2 * layers * _SQUARE + 10 * _SQUARE,
-            (2 * GROUP + 2) * whole + (3 * layers + 1) * slab + 2 * _SQUARE,
-            whole + (2 * layers + 2) * slab + _SQUARE + max(largest // 2, SIZE * max(wide)))
+    return (4 * whole + (6 * layers + 3) * slab + 2 * layers * SQUARE + 10 * SQUARE,
+            (2 * GROUP + 2) * whole + (3 * layers + 1) * slab + 2 * SQUARE,
+            whole + (2 * layers + 2) * slab + SQUARE + max(largest // 2, SIZE * max(wide)))

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 from manyform.ops.kernels.delta_forms import halve, multiply, pair, turn, visible
-from manyform.ops.kernels.lanes import FAST, WIDTH, load, sigmoid, splat, store, total
+from manyform.ops.kernels.lanes import FAST, WIDTH, load, splat, store, total
 from manyform.ops.kernels.strips import (
     SIZE,
     copy_rows,
@@ -28,7 +28,17 @@ from manyform.ops.kernels.strips import (
     square,
     strip,
 )
-from manyform.ops.kernels.tiles import SHAPE, configure, release, store_half
+from manyform.ops.kernels.tiles import (
+    SHAPE,
+    A,
+    C,
+    configure,
+    gelu,
+    gelu_slope,
+    release,
+    sigmoid,
+    store_half,
+)
 from manyform.ops.kernels.ttt import (
     _triangle,
     loss_rows,
@@ -40,31 +50,15 @@ from manyform.ops.kernels.ttt import (
 GROUP = 8
 """Mini-batches between the weights that are kept."""
 _SQUARE = SIZE * SIZE
-# gelu(z) = z sigmoid(z (a + c z^2))
-_A = np.float32(2 * 0.7978845608028654)
-_C = np.float32(2 * 0.7978845608028654 * 0.044715)
-
-
-@numba.njit(inline="always")
-def _gelu(v):
-    return v * sigmoid(v * (splat(_A) + splat(_C) * v * v))
-
-
-@numba.njit(inline="always")
-def _slope(v):
-    """GELU's derivative: s + v s (1 - s) (a + 3 c v^2)."""
-    cubic, one = splat(_C) * v * v, splat(np.float32(1))
-    s = sigmoid(v * (splat(_A) + cubic))
-    return s * (one + v * (one - s) * (splat(_A) + splat(np.float32(3)) * cubic))
 
 
 @numba.njit(inline="always")
 def _curve(v):
     """GELU's second derivative."""
-    cubic, one, two = splat(_C) * v * v, splat(np.float32(1)), splat(np.float32(2))
-    s = sigmoid(v * (splat(_A) + cubic))
-    first = splat(_A) + splat(np.float32(3)) * cubic
-    inner = (one - two * s) * first * first + splat(np.float32(6) * _C) * v
+    cubic, one, two = splat(C) * v * v, splat(np.float32(1)), splat(np.float32(2))
+    s = sigmoid(v * (splat(A) + cubic))
+    first = splat(A) + splat(np.float32(3)) * cubic
+    inner = (one - two * s) * first * first + splat(np.float32(6) * C) * v
     return s * (one - s) * (two * first + v * inner)
 
 
@@ -106,7 +100,7 @@ def _add_bias(z, start, wide, bias, at, rows):
             v = load(z, j + c) + load(bias, at + c)
             store(z, j + c, v)
             if rows.size:
-                store_half(rows, j + c, _gelu(v))
+                store_half(rows, j + c, gelu(v))
 
 
 @numba.njit(fastmath=FAST, cache=True)
@@ -156,7 +150,7 @@ def _learn(k, v, rate, strides, row, head, first, steps, d, wide, at, bias_at, s
         strip(behind[i * slab:].ctypes.data, 4 * n, True, e_rows[(i + 1) * slab:].ctypes.data,
               2 * c, w_turned[at[i + 1] // 2:].ctypes.data, 4 * n, n, c)
         for j in range(i * slab, i * slab + SIZE * n, WIDTH):
-            g = load(behind, j) * _slope(load(z, j))
+            g = load(behind, j) * gelu_slope(load(z, j))
             store(e, j, g)
             store_half(e_rows, j, g)
 
@@ -426,7 +420,7 @@ def backward(q, k, v, rate, norm, initial, minus, strides, dims, starts, fresh, 
                           right.ctypes.data, 4 * o, o, 2 * SIZE)
                     if i > 0:
                         for j in range(there - slab, there - slab + SIZE * c, WIDTH):
-                            store(r, j, load(one, j - there + slab) * _slope(load(r, j)))
+                            store(r, j, load(one, j - there + slab) * gelu_slope(load(r, j)))
                 for t in range(steps):
                     to = (base + t * heads) * d
                     for j in range(0, d, WIDTH):
@@ -437,7 +431,7 @@ def backward(q, k, v, rate, norm, initial, minus, strides, dims, starts, fresh, 
                     o, c = wide[i + 2], wide[i + 1]
                     for j in range(0, SIZE * c, WIDTH):
                         u, there = load(de, i * slab + j), load(z, i * slab + j)
-                        store_half(rows, j, u * _slope(there))
+                        store_half(rows, j, u * gelu_slope(there))
                         store(de, i * slab + j, u * load(behind, i * slab + j) * _curve(there))
                     strip(de[(i + 1) * slab:].ctypes.data, 4 * o, False, rows.ctypes.data, 2 * c,
                           w_pairs[at[i + 1] // 2:].ctypes.data, 4 * o, o, c)
@@ -466,7 +460,7 @@ def backward(q, k, v, rate, norm, initial, minus, strides, dims, starts, fresh, 
                     _add_rows(r, there, o, np.float32(1), dbias, bias_at[i])
                     if i > 0:
                         for j in range(there - slab, there - slab + SIZE * c, WIDTH):
-                            u = load(dx, j + slab) * _slope(load(z, j))
+                            u = load(dx, j + slab) * gelu_slope(load(z, j))
                             store(de, j, load(de, j) + u)
                 for t in range(steps):
                     to = (base + t * heads) * d

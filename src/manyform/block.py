@@ -12,6 +12,7 @@ from manyform.config import LayerSpec
 from manyform.contract import Cost, Mixer, Place, SequenceMixer, build
 from manyform.errors import ManyformError
 from manyform.init import deepnorm_weights
+from manyform.ops.residual import residual_add
 from manyform.state import State
 
 
@@ -96,7 +97,8 @@ class Block(nn.Module):
             h = self.mixer_norm(x)
             y, after_mixer = mixer(h)
             z, after_channel = channel(h if self.channel_norm is None else self.channel_norm(x))
-            return x + y + z, BlockState(after_mixer, after_channel)
+            x = residual_add(residual_add(x, y), z)
+            return x, BlockState(after_mixer, after_channel)
         else:
             x, after_mixer = self._branch(mixer, self.mixer_norm, self.mixer_out_norm, x)
         after_channel = None
@@ -117,9 +119,9 @@ class Block(nn.Module):
             return torch.stack([_stream_norm(norm_, x[0] + y), x[1] + y]), state
         if self.residual == "reordered":
             y, state = f(x)
-            return x + norm_(y), state
+            return residual_add(x, norm_(y)), state
         y, state = f(norm_(x))
-        return x + (y if out_norm is None else out_norm(y)), state
+        return residual_add(x, y if out_norm is None else out_norm(y)), state
 
     @property
     def stateless(self) -> bool:

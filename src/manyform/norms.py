@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from manyform.errors import unknown
 from manyform.ops.layer_norm import layer_norm
 from manyform.ops.rms_norm import rms_norm
+from manyform.precision import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) -> (..., d)."""
-        return rms_norm(x, self.weight, self.eps, _compute_dtype(x))
+        return rms_norm(x, self.weight, self.eps, compute_dtype(x))
 
 
 class OffsetRMSNorm(nn.Module):
@@ -35,7 +36,7 @@ class OffsetRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) -> (..., d)."""
-        return rms_norm(x, 1 + self.weight, self.eps, _compute_dtype(x))
+        return rms_norm(x, 1 + self.weight, self.eps, compute_dtype(x))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -43,18 +44,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) -> (..., d)."""
-        return layer_norm(x, self.weight, self.bias, self.eps, _compute_dtype(x))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What the layers behind a norm compute in: under autocast its dtype, else that of x.
-
-    Casting once here spares every linear map behind the norm a cast of its own.
-    """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+        return layer_norm(x, self.weight, self.bias, self.eps, compute_dtype(x))
 
 
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {

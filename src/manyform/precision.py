@@ -13,3 +13,14 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What linear maps of x compute in: under autocast its dtype, else that of x.
+
+    Casting once spares every map of the same x a cast of its own.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -9,7 +9,9 @@ from manyform.ops import use
 from manyform.ops.delta_keys import delta_keys
 from manyform.ops.gated_norm import gated_norm
 from manyform.ops.kernels import available
+from manyform.ops.log_sigmoid import log_sigmoid
 from manyform.ops.relu_squared import relu_squared
+from manyform.ops.residual import residual_add
 from manyform.ops.rwkv_keys import rwkv_keys
 from manyform.ops.rwkv_output import rwkv_output
 from manyform.ops.token_shift import token_shift
@@ -106,3 +108,26 @@ def test_gate_that_is_part_of_a_projection():
 @DTYPES
 def test_relu_squared(dtype):
     compare(relu_squared, [normal(B, 2 * T, D)], [], (), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("temperature", [1.0, 16.0])
+def test_log_sigmoid(dtype, temperature):
+    compare(log_sigmoid, [normal(4, 40, 64, scale=8.0)], [temperature], (), dtype)
+
+
+def test_log_sigmoid_far_from_zero():
+    x = torch.tensor([-300.0, -90.0, 90.0, float("nan")]).repeat(4096)
+    with use(log_sigmoid="numba"):
+        y = log_sigmoid(x.bfloat16())
+    assert y.dtype == torch.float32
+    assert torch.equal(y[:2], torch.tensor([-300.0, -90.0]))
+    assert -1e-30 < y[2] <= 0
+    assert y[3].isnan()
+
+
+def test_a_narrow_branch_is_added_to_a_wide_stream():
+    compare(residual_add, [normal(4, 40, 64), normal(4, 40, 64, seed=1)], [], (0,), torch.bfloat16)
+    x, y = normal(4, 40, 64), normal(4, 64, 40, seed=1).mT.bfloat16()
+    with use(residual_add="numba"):
+        assert torch.equal(residual_add(x, y), x + y)

@@ -16,6 +16,7 @@ from manyform.linear import Linear
 from manyform.norms import RMSNorm
 from manyform.ops.gated_norm import gated_norm
 from manyform.ops.gates import divide_by_last, elu_plus_one
+from manyform.ops.log_sigmoid import log_sigmoid
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.short_conv import steps_since_reset
 from manyform.positions import RotaryTable
@@ -186,7 +187,7 @@ class GatedLinearAttention(_Memory):
                 reset: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """x: (batch, length, d_model) -> the same shape, and the state after the last step."""
         q, k, v, gate, low = self.in_proj(x).split(self.widths, dim=-1)
-        decay = F.logsigmoid(self.decay_proj(low).to(self._wide())) / self.gate_temperature
+        decay = log_sigmoid(self.decay_proj(low), self.gate_temperature)
         y, memory = matrix_recurrence(*map(self._split, (q, k, v, decay)), None,
                                       None if state is None else state.memory, reset,
                                       self.memory_shape[1] ** -0.5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from manyform.contract import Cost, Place, SequenceMixer, mixer
 from manyform.errors import unknown
 from manyform.ops.recurrent_layer import GATES, recurrent_layer
+from manyform.precision import compute_dtype
 from manyform.state import nbytes
 
 
@@ -53,6 +54,7 @@ class _Recurrent(SequenceMixer):
                 ) -> tuple[Tensor, Any]:
         before = self.initial_state(x.shape[0], device=x.device) if state is None else state
         weights = (self.input_weight, self.recurrent_weight, self.input_bias, self.recurrent_bias)
+        x = x.to(compute_dtype(x))
         y, after = recurrent_layer(x, weights, tuple(before), self.cell, reset)
         return y, self.state_type(*after)
 

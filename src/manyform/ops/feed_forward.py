@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyform.ops.gelu import gelu_tanh
-from manyform.ops.kernels import threads, usable
+from manyform.ops.kernels import usable
 from manyform.ops.linear import _halves, linear
 from manyform.ops.operation import operation
 from manyform.ops.swiglu import swiglu
@@ -23,8 +23,6 @@ SMALLEST = 2**20
 """Multiply-adds of one map below which torch's products are as fast."""
 WIDEST = 512
 """Features above which a block of tokens does not stay in cache."""
-BLOCK = 256
-"""Tokens a block at most."""
 
 
 @operation(flops=lambda x, up, down, activation="swiglu":
@@ -64,65 +62,48 @@ def _(x: Tensor, up: Tensor, down: Tensor, activation: str = "swiglu") -> Tensor
     half, kind = x.bfloat16().contiguous(), list(ACTIVATIONS).index(activation)
     if torch.is_grad_enabled() and up.requires_grad:
         return _FeedForward.apply(half, up, down, kind)
-    return _forward(half, *_weights(up, down), kind)
+    return _forward(half, up, down, kind)
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, kind: int) -> Tensor:
-        weights = _weights(up, down)
-        ctx.save_for_backward(x, *weights)
-        ctx.kind, ctx.hidden, ctx.dtypes = kind, down.shape[1], (up.dtype, down.dtype)
-        return _forward(x, *weights, kind)
+        ctx.save_for_backward(x, up, down)
+        ctx.kind = kind
+        return _forward(x, up, down, kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, up, down = ctx.saved_tensors
         dx, dup, ddown = _backward(x, dy.bfloat16().contiguous(), up, down, ctx.kind)
-        dup, ddown = dup[:, :ctx.hidden].flatten(0, 1), ddown[:, :ctx.hidden]
-        return dx, dup.to(ctx.dtypes[0]), ddown.to(ctx.dtypes[1]), None
+        return dx, dup.to(up.dtype), ddown.to(down.dtype), None
 
 
-def _weights(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 or 2, H, D) and (D, H) in bfloat16, H with zeros up to a multiple of 32."""
-    d, hidden = down.shape
-    up, down, missing = up.bfloat16(), down.bfloat16(), -hidden % 32
-    up = F.pad(up.view(-1, hidden, d), (0, 0, 0, missing))
-    return up.contiguous(), F.pad(down, (0, missing)).contiguous()
-
-
-def _panels(w: Tensor, turned: bool) -> Any:
+def _scratch(tokens: int, d: int, hidden: int, gradient: bool) -> tuple[int, int, list[Any]]:
+    """Hidden features and zeros after them, tokens a block, as many blocks as threads at least, and
+    memory for each worker."""
     from manyform.ops.kernels import feed_forward as kernels
-    from manyform.ops.kernels.lanes import flat
-    panels = torch.empty(w.numel() // 2, dtype=torch.int32).numpy()
-    pack: Any = kernels.pack
-    pack(flat(w), w.shape[-1], turned, panels)
-    return panels
-
-
-def _scratch(tokens: int, d: int, hidden: int, gradient: bool) -> tuple[int, list[Any]]:
-    """Tokens a block, as many blocks as threads at least, and memory for each worker."""
-    from manyform.ops.kernels import feed_forward as kernels
-    share = -(-tokens // threads())
-    block = min(BLOCK, -(-share // kernels.SIDE) * kernels.SIDE)
-    workers = min(threads(), -(-tokens // block))
-    floats, halves, words = kernels.scratch(d, hidden, block, gradient)
-    return block, [torch.empty(workers, floats).numpy(),
-                   torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2"),
-                   torch.empty(workers, words, dtype=torch.int32).numpy().view("u4")]
+    from manyform.ops.kernels.panels import SIDE, blocks
+    block, workers = blocks(tokens)
+    wide = -(-hidden // SIDE) * SIDE
+    floats, halves, words = kernels.scratch(d, wide, block, gradient)
+    return wide, block, [torch.empty(workers, floats).numpy(),
+                         torch.empty(workers, halves, dtype=torch.int16).numpy().view("u2"),
+                         torch.empty(workers, words, dtype=torch.int32).numpy().view("u4")]
 
 
 def _forward(x: Tensor, up: Tensor, down: Tensor, kind: int) -> Tensor:
     from manyform.ops.kernels import feed_forward as kernels
     from manyform.ops.kernels.lanes import flat
+    from manyform.ops.kernels.panels import panels
     d, hidden = down.shape
-    tokens = x.numel() // d
-    block, (floats, halves, _) = _scratch(tokens, d, hidden, False)
+    tokens, maps = x.numel() // d, len(up) // hidden
+    wide, block, (floats, halves, _) = _scratch(tokens, d, hidden, False)
     y = torch.empty_like(x)
     run: Any = kernels.forward
-    run(kind, flat(x), tokens, d, hidden, block, _panels(up, True), _panels(down, True), flat(y),
-        floats, halves)
+    run(kind, flat(x), tokens, d, wide, block, panels(up, maps, turned=True),
+        panels(down, 1, turned=True), flat(y), floats, halves)
     return y
 
 
@@ -130,16 +111,17 @@ def _backward(x: Tensor, dy: Tensor, up: Tensor, down: Tensor, kind: int,
               ) -> tuple[Tensor, Tensor, Tensor]:
     from manyform.ops.kernels import feed_forward as kernels
     from manyform.ops.kernels.lanes import flat
+    from manyform.ops.kernels.panels import panels
     d, hidden = down.shape
-    tokens = x.numel() // d
-    block, scratch = _scratch(tokens, d, hidden, True)
+    tokens, maps = x.numel() // d, len(up) // hidden
+    wide, block, scratch = _scratch(tokens, d, hidden, True)
     workers = len(scratch[0])
-    in_turn = up.view(len(up), -1, kernels.SIDE, d).transpose(0, 1).contiguous()
     dx, dup, ddown = torch.empty_like(x), torch.empty(up.shape), torch.empty(down.shape)
-    sums = torch.empty(workers, dup.numel() + ddown.numel())
+    sums = torch.empty(workers, (1 + maps) * wide * d)
     run: Any = kernels.backward
-    run(kind, flat(x), flat(dy), tokens, d, hidden, block, _panels(up, True), _panels(down, False),
-        _panels(in_turn, False), flat(dx), flat(sums), *scratch)
+    run(kind, flat(x), flat(dy), tokens, d, wide, block, panels(up, maps, turned=True),
+        panels(down, 1, turned=False), panels(up, maps, turned=False), flat(dx), flat(sums),
+        *scratch)
     finish: Any = kernels.finish
     finish(flat(sums), workers, d, hidden, flat(dup), flat(ddown))
     return dx, dup, ddown

@@ -21,25 +21,27 @@ def compilable(x: Tensor, fold: int = 1) -> bool:
     return usable(x) and single(x) and whole and x.numel() >= SMALL
 
 
-def pointwise(x: Tensor, kernel: str, fold: int = 1) -> Tensor:
-    """f(x) by the loops `forward(x, y)` and `backward(g, x, dx)` of kernels/<kernel>, which get
-    flat arrays.
+def pointwise(x: Tensor, kernel: str, fold: int = 1, dtype: torch.dtype | None = None,
+              *numbers: float) -> Tensor:
+    """f(x), in the dtype of x if None, by the loops `forward(x, y)` and `backward(g, x, dx)` of
+    kernels/<kernel>, which get flat arrays, and then `numbers`.
 
     With fold > 1, y has that many times fewer features than x, and both loops get the number of
     its features as their last argument.
     """
-    return _Pointwise.apply(x, kernel, fold)
+    return _Pointwise.apply(x, kernel, fold, dtype or x.dtype, numbers)
 
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: str, fold: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernel: str, fold: int, dtype: torch.dtype,
+                numbers: tuple[float, ...]) -> Tensor:
         from manyform.ops.kernels.lanes import flat
         x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], x.shape[-1] // fold)
-        ctx.kernel, ctx.width = kernel, (y.shape[-1],) if fold > 1 else ()
+        y = x.new_empty(*x.shape[:-1], x.shape[-1] // fold, dtype=dtype)
+        ctx.kernel, ctx.more = kernel, (*numbers, *((y.shape[-1],) if fold > 1 else ()))
         threads()
-        _loops(kernel).forward(flat(x), flat(y), *ctx.width)
+        _loops(kernel).forward(flat(x), flat(y), *ctx.more)
         ctx.save_for_backward(x)
         return y
 
@@ -50,8 +52,8 @@ class _Pointwise(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         threads()
-        _loops(ctx.kernel).backward(flat(g.contiguous()), flat(x), flat(dx), *ctx.width)
-        return dx, None, None
+        _loops(ctx.kernel).backward(flat(g.contiguous()), flat(x), flat(dx), *ctx.more)
+        return dx, None, None, None, None
 
 
 def _loops(kernel: str) -> ModuleType:

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyform.errors import unknown
+from manyform.ops.exact_linear import exact_linear
 from manyform.ops.kernels import single, threads, usable
-from manyform.ops.linear import linear, weight_gradient
+from manyform.ops.linear import weight_gradient
 from manyform.ops.operation import operation
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -105,24 +106,24 @@ def _(x: Tensor, weights: Weights, state: Carried, cell: str = "tanh",
     """One compiled loop over time each way, resets and all; see kernels/recurrent."""
     w, u, b, c = weights
     gates, size = GATES[cell], u.shape[1]
-    with torch.autocast(x.device.type, enabled=False):  # as in torch's own kernels
-        z, carried = linear(x.float(), w, b), [s.float() for s in state]
+    z, carried = exact_linear(x, w, b), [s.float() for s in state]
     more = -size % 32
     if more:  # features that stay zero
         z = F.pad(z.unflatten(-1, (gates, size)), (0, more)).flatten(-2)
         u = F.pad(u.unflatten(0, (gates, size)), (0, more, 0, more)).flatten(0, 1)
         c = F.pad(c.unflatten(0, (gates, size)), (0, more)).flatten()
         carried = [F.pad(s, (0, more)) for s in carried]
-    y, *after = _Recurrent.apply(cell, z, u, c, reset, *carried)
+    y, *after = _Recurrent.apply(cell, z, u, c, reset, x.dtype, *carried)
     return y[..., :size].to(x.dtype), tuple(s[..., :size] for s in after)
 
 
 class _Recurrent(torch.autograd.Function):
-    """The recurrence alone, given z = W x + b; whole vectors of features."""
+    """The recurrence alone, given z = W x + b; whole vectors of features. dtype: of the layer's
+    input, to which the gradient of U rounds what it multiplies."""
 
     @staticmethod
     def forward(ctx: Any, cell: str, z: Tensor, u: Tensor, c: Tensor, reset: Tensor | None,
-                *state: Tensor) -> tuple[Tensor, ...]:
+                dtype: torch.dtype, *state: Tensor) -> tuple[Tensor, ...]:
         from manyform.ops.kernels import recurrent as kernel
         from manyform.ops.kernels.lanes import flat, marks
         batch, length, size = (*z.shape[:2], u.shape[1])
@@ -137,7 +138,7 @@ class _Recurrent(torch.autograd.Function):
         run: Any = kernel.forward
         run(kernel.CELLS[cell], flat(z.contiguous()), flat(u.T.contiguous()), flat(c), marks(reset),
             flat(after[0]), flat(memory), flat(y), flat(before), flat(kept), dims)
-        ctx.cell, ctx.dims = cell, dims
+        ctx.cell, ctx.dims, ctx.dtype = cell, dims, dtype
         if training:
             ctx.save_for_backward(u, reset, before, kept)
         return y, *after
@@ -158,8 +159,8 @@ class _Recurrent(torch.autograd.Function):
         run(kernel.CELLS[ctx.cell], flat(kept), flat(before), flat(u.contiguous()), marks(reset),
             flat(dy.contiguous()), flat(dstate[0]), flat(dmemory), flat(dz), flat(du), ctx.dims)
         added = du if ctx.cell == "gru" else dz
-        return (None, dz, weight_gradient(added, before).float(),
-                added.sum((0, 1), dtype=torch.float32), None, *dstate)
+        of_u = weight_gradient(added.to(ctx.dtype), before.to(ctx.dtype)).float()
+        return None, dz, of_u, added.sum((0, 1), dtype=torch.float32), None, None, *dstate
 
 
 def _library(x: Tensor, state: Carried, weights: Weights, cell: str) -> tuple[Tensor, Carried]:

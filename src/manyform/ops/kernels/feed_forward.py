@@ -13,9 +13,7 @@ where m = 2 for f = SwiGLU, of a gate and what it lets through, else 1. Nothing 
 token is ever written to memory. Products are of bfloat16 and summed in float32; X, dY, A and dZ are
 rounded to bfloat16, Z and dA are not.
 
-An operand of a product lies in panels, 32 rows (of A) or columns (of B) by 32 steps of the sum
-after the other, each of two tiles; so every product reads memory from front to back. `LENGTH` such
-steps of two panels fit into the first-level cache.
+Operands lie in panels (see `panels`).
 """
 
 from __future__ import annotations
@@ -23,104 +21,31 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from manyform.ops.kernels.delta_forms import _pair_block, _turn_block, positive
-from manyform.ops.kernels.lanes import FAST, WIDTH, load, maximum, splat, store
+from manyform.ops.kernels.delta_forms import positive
+from manyform.ops.kernels.lanes import FAST, WIDTH, load, maximum, splat, store, turn
+from manyform.ops.kernels.panels import (
+    BYTES,
+    LENGTH,
+    SIDE,
+    STEP,
+    across,
+    multiply,
+    read,
+    tile,
+    write,
+)
 from manyform.ops.kernels.tiles import (
     SHAPE,
     configure,
     gelu,
     gelu_slope,
-    product,
     release,
     sigmoid,
     store_half,
     store_pairs,
 )
 
-SIDE = 32
-STEP = SIDE * SIDE  # elements of a panel's step
-BYTES = 2 * STEP
-LENGTH = 8
 SWIGLU, GELU, RELU = range(3)
-
-
-@numba.njit(parallel=True, fastmath=FAST, cache=True)
-def pack(w, columns, turned, panels):
-    """Panels of B from a dense matrix w of bfloat16: B = w^T if turned, else B = w, which has
-    `columns` columns; both sides multiples of 32."""
-    rows = w.size // columns
-    outer, steps = (rows, columns // SIDE) if turned else (columns, rows // SIDE)
-    for panel in numba.prange(outer // SIDE):
-        for s in range(steps):
-            for side in range(2):
-                to = panels.ctypes.data + (panel * steps + s) * BYTES + side * BYTES // 2
-                n = panel * SIDE + side * WIDTH
-                if turned:
-                    at = w.ctypes.data + 2 * (n * columns + s * SIDE)
-                    _turn_block(at, 2 * columns, to, 4 * WIDTH)
-                else:
-                    at = w.ctypes.data + 2 * (s * SIDE * columns + n)
-                    for r in range(WIDTH):
-                        _pair_block(at + 4 * r * columns, at + (4 * r + 2) * columns,
-                                    to + 4 * r * WIDTH)
-
-
-@numba.njit(fastmath=FAST, cache=True)
-def _read(z, first, tokens, block, d, panels):
-    """Panels of A from rows of z; zeros after the last."""
-    for t in range(block):
-        to = t // SIDE * SIDE * d + t % SIDE * SIDE
-        for j in range(0, d, SIDE):
-            if t < tokens:
-                at = (first + t) * d + j
-                store_half(panels, to + j * SIDE, load(z, at))
-                store_half(panels, to + j * SIDE + WIDTH, load(z, at + WIDTH))
-            else:
-                panels[to + j * SIDE:to + j * SIDE + SIDE] = 0
-
-
-@numba.njit(fastmath=FAST, cache=True)
-def _across(panels, block, d, into):
-    """Panels of A = Z^T from those of A = Z: the sum runs over the block's tokens."""
-    steps = block // SIDE
-    for i in range(steps):
-        for j in range(d // SIDE):
-            at = panels.ctypes.data + (i * (d // SIDE) + j) * BYTES
-            to = into.ctypes.data + (j * steps + i) * BYTES
-            for side in range(2):
-                there, here = to + side * BYTES // 2, at + 2 * side * WIDTH
-                for r in range(WIDTH):
-                    _pair_block(here + 4 * r * SIDE, here + (4 * r + 2) * SIDE,
-                                there + 4 * r * WIDTH)
-                _turn_block(there, 4 * WIDTH, there, 4 * WIDTH)
-
-
-@numba.njit(fastmath=FAST, cache=True)
-def _tile(c, fresh, a, b, steps):
-    """A square of C, 32 dense rows of float32, = (fresh) or += `steps` steps of two panels."""
-    product(c, 4 * SIDE, fresh, a, 2 * SIDE, BYTES, b, BYTES // 2, BYTES, steps)
-
-
-@numba.njit(fastmath=FAST, cache=True)
-def _multiply(c, fresh, a, a_panel, b, b_panel, rows, columns, steps):
-    """Squares of C, row after row of them, by all panels of A and B, which lie a_panel and b_panel
-    bytes apart."""
-    for s in range(0, steps, LENGTH):
-        for j in range(columns):
-            for i in range(rows):
-                _tile(c + 4 * STEP * (i * columns + j), fresh and s == 0,
-                      a + i * a_panel + s * BYTES, b + j * b_panel + s * BYTES,
-                      min(LENGTH, steps - s))
-
-
-@numba.njit(fastmath=FAST, cache=True)
-def _write(c, first, tokens, d, z):
-    """Rows of z from squares of C."""
-    for t in range(tokens):
-        at, to = t // SIDE * SIDE * d + t % SIDE * SIDE, (first + t) * d
-        for j in range(0, d, SIDE):
-            store_half(z, to + j, load(c, at + j * SIDE))
-            store_half(z, to + j + WIDTH, load(c, at + j * SIDE + WIDTH))
 
 
 @numba.njit(inline="always")
@@ -185,18 +110,18 @@ def forward(kind, x, tokens, d, hidden, block, up, down, y, floats, halves):
         for n in range(worker * blocks // workers, (worker + 1) * blocks // workers):
             first = n * block
             count = min(block, tokens - first)
-            _read(x, first, count, block, d, own)
+            read(x, first, count, block, d, own)
             for j in range(slabs):
                 at = up.ctypes.data + j * panel
                 for i in range(squares):
                     a = own.ctypes.data + i * panel
-                    _tile(one.ctypes.data, True, a, at, steps)
+                    tile(one.ctypes.data, True, a, at, steps)
                     if kind == SWIGLU:
-                        _tile(two.ctypes.data, True, a, at + slabs * panel, steps)
+                        tile(two.ctypes.data, True, a, at + slabs * panel, steps)
                     _activate(kind, one, two, act, (i * slabs + j) * STEP)
-            _multiply(c.ctypes.data, True, act.ctypes.data, slabs * BYTES, down.ctypes.data,
+            multiply(c.ctypes.data, True, act.ctypes.data, slabs * BYTES, down.ctypes.data,
                       slabs * BYTES, squares, steps, slabs)
-            _write(c, first, count, d, y)
+            write(c, first, count, d, y)
         release()
 
 
@@ -224,41 +149,54 @@ def backward(kind, x, dy, tokens, d, hidden, block, up, down, up_rows, dx, sums,
         for n in range(begin, (worker + 1) * blocks // workers):
             first = n * block
             count = min(block, tokens - first)
-            _read(x, first, count, block, d, own)
-            _read(dy, first, count, block, d, given)
-            _across(own, block, d, own_across)
-            _across(given, block, d, given_across)
+            read(x, first, count, block, d, own)
+            read(dy, first, count, block, d, given)
+            across(own, block, d, own_across)
+            across(given, block, d, given_across)
             for j in range(slabs):
                 at, k = up.ctypes.data + j * panel, j % each
                 for i in range(squares):
                     a, g = own.ctypes.data + i * panel, given.ctypes.data + i * panel
-                    _tile(one.ctypes.data, True, a, at, steps)
+                    tile(one.ctypes.data, True, a, at, steps)
                     if kind == SWIGLU:
-                        _tile(two.ctypes.data, True, a, at + slabs * panel, steps)
-                    _tile(da.ctypes.data, True, g, down.ctypes.data + j * panel, steps)
+                        tile(two.ctypes.data, True, a, at + slabs * panel, steps)
+                    tile(da.ctypes.data, True, g, down.ctypes.data + j * panel, steps)
                     _activate_back(kind, one, two, da, pairs, i * STEP // 2, area // 2, rows,
                                    (i * LENGTH + maps * k) * STEP)
                 for part in range(1 + maps):
-                    across = given_across if part == 0 else own_across
+                    left = given_across if part == 0 else own_across
                     to = ((worker * slabs + j) * (1 + maps) + part) * SIDE * d
-                    _multiply(sums[to:].ctypes.data, n == begin, across.ctypes.data,
+                    multiply(sums[to:].ctypes.data, n == begin, left.ctypes.data,
                               squares * BYTES, pairs[part * area // 2:].ctypes.data, 0, steps, 1,
                               squares)
                 if k == each - 1 or j == slabs - 1:
-                    _multiply(c.ctypes.data, j == k, rows.ctypes.data, LENGTH * BYTES,
+                    multiply(c.ctypes.data, j == k, rows.ctypes.data, LENGTH * BYTES,
                               up_rows.ctypes.data + maps * (j - k) * BYTES, maps * slabs * BYTES,
                               squares, steps, maps * (k + 1))
-            _write(c, first, count, d, dx)
+            write(c, first, count, d, dx)
         release()
+
+
+@numba.njit(fastmath=FAST, cache=True)
+def _cut(square, into, row, rows, column, columns):
+    """What of a square of 32 by 32 lies within a matrix."""
+    for r in range(min(SIDE, rows - row)):
+        to = (row + r) * columns + column
+        for j in range(0, SIDE, WIDTH):
+            if column + j + WIDTH <= columns:
+                store(into, to + j, load(square, r * SIDE + j))
+            else:
+                for k in range(j, min(j + WIDTH, columns - column)):
+                    into[to + k] = square[r * SIDE + k]
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
 def finish(sums, workers, d, hidden, dup, ddown):
     """Add up the shares; dup: (m, hidden, d), ddown: (d, hidden), flat."""
-    slabs, parts = hidden // SIDE, 1 + dup.size // ddown.size
+    slabs, parts = (hidden + SIDE - 1) // SIDE, 1 + dup.size // ddown.size
     share = slabs * parts * SIDE * d
     for j in numba.prange(slabs):
-        square = np.empty(STEP, np.float32)
+        square, turned = np.empty(STEP, np.float32), np.empty(STEP, np.float32)
         for part in range(parts):
             for i in range(d // SIDE):
                 at = (j * parts + part) * SIDE * d + i * STEP
@@ -268,16 +206,12 @@ def finish(sums, workers, d, hidden, dup, ddown):
                         acc = acc + load(sums, w * share + at + k)
                     store(square, k, acc)
                 if part == 0:
-                    for r in range(SIDE):
-                        to = (i * SIDE + r) * hidden + j * SIDE
-                        store(ddown, to, load(square, r * SIDE))
-                        store(ddown, to + WIDTH, load(square, r * SIDE + WIDTH))
+                    _cut(square, ddown, i * SIDE, d, j * SIDE, hidden)
                     continue
-                base = ((part - 1) * hidden + j * SIDE) * d + i * SIDE
                 for r in range(0, SIDE, WIDTH):
                     for s in range(0, SIDE, WIDTH):
-                        _turn_block(square.ctypes.data + 4 * (r * SIDE + s), 4 * SIDE,
-                                    dup.ctypes.data + 4 * (base + s * d + r), 4 * d)
+                        turn(square, r * SIDE + s, SIDE, turned, s * SIDE + r, SIDE)
+                _cut(turned, dup[(part - 1) * hidden * d:], j * SIDE, hidden, i * SIDE, d)
 
 
 def scratch(d, hidden, block, gradient):

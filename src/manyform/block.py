@@ -12,6 +12,7 @@ from manyform.config import LayerSpec
 from manyform.contract import Cost, Mixer, Place, SequenceMixer, build
 from manyform.errors import ManyformError
 from manyform.init import deepnorm_weights
+from manyform.norms import stream_norm
 from manyform.ops.residual import residual_add
 from manyform.state import State
 
@@ -113,10 +114,10 @@ class Block(nn.Module):
             return f(norm_(x))
         if self.residual in ("post", "deepnorm"):
             y, state = f(x)
-            return _stream_norm(norm_, self.alpha * x + y), state
+            return stream_norm(norm_, self.alpha * x + y), state
         if self.residual == "residual_dual":
             y, state = f(x[0])
-            return torch.stack([_stream_norm(norm_, x[0] + y), x[1] + y]), state
+            return torch.stack([stream_norm(norm_, x[0] + y), x[1] + y]), state
         if self.residual == "reordered":
             y, state = f(x)
             return residual_add(x, norm_(y)), state
@@ -171,9 +172,3 @@ def _call(part: Mixer, x: Tensor, state: State, reset: Tensor | None, shared: di
           ) -> tuple[Tensor, State]:
     extra = {"shared": shared} if part.shares else {}
     return part(x, state, reset=reset, **extra)
-
-
-def _stream_norm(norm_: nn.Module, x: Tensor) -> Tensor:
-    """The norm of the stream itself, which autocast must not round between layers."""
-    with torch.autocast(x.device.type, enabled=False):
-        return norm_(x)

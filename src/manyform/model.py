@@ -20,7 +20,7 @@ from manyform.errors import ManyformError
 from manyform.exits import Exits
 from manyform.init import linear
 from manyform.linear import Linear
-from manyform.norms import norm
+from manyform.norms import norm, stream_norm
 from manyform.ops.cross_entropy import linear_cross_entropy
 from manyform.ops.operation import trace
 from manyform.positions import AxialPositions, document_positions, sinusoidal
@@ -135,9 +135,9 @@ class Model(nn.Module):
         if self.config.segments:
             x = x + self.segments.weight[0].to(x.dtype)
         if self.config.embedding_norm:
-            x = self.embedding_norm(x)
+            x = stream_norm(self.embedding_norm, x)
         if self.config.embedding_map:
-            x = self.embedding_map(x)
+            x = self.embedding_map(x).to(x.dtype)
         shared["tokens"] = tokens
         h, after = self.blocks(x, None if state is None else state.layers, reset=reset,
                                shared=shared, final_norm=self.final_norm, exits=exits)

@@ -47,6 +47,12 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, compute_dtype(x))
 
 
+def stream_norm(norm_: nn.Module, x: Tensor) -> Tensor:
+    """The norm of the stream itself, which autocast must not round between layers."""
+    with torch.autocast(x.device.type, enabled=False):
+        return norm_(x)
+
+
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "rms": lambda d, eps: RMSNorm(d, eps=eps),
     "rms_offset": lambda d, eps: OffsetRMSNorm(d, eps=eps),

@@ -16,7 +16,8 @@ from manyform.ops.feed_forward import ACTIVATIONS, feed_forward
 from manyform.ops.kernels.tiles import supported
 
 EQUATIONS = {"swiglu": lambda z: F.silu(z.chunk(2, -1)[0]) * z.chunk(2, -1)[1],
-             "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu}
+             "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu,
+             "relu2": lambda z: F.relu(z).square()}
 tiles = pytest.mark.skipif(not supported(), reason="needs a processor with matrix tiles")
 
 
@@ -131,7 +132,8 @@ def test_other_forms_have_its_gradients(path, activation):
 
 @pytest.mark.parametrize(("make", "activation"), [
     (lambda **o: GatedMLP(64, **o), "swiglu"), (lambda **o: MLP(64, **o), "gelu_tanh"),
-    (lambda **o: MLP(64, activation="relu", **o), "relu")])
+    (lambda **o: MLP(64, activation="relu", **o), "relu"),
+    (lambda **o: MLP(64, activation="relu2", **o), "relu2")])
 def test_channels_take_it_where_they_are_two_plain_maps(make, activation):
     x = torch.randn(2, 40, 64)
 

@@ -15,12 +15,20 @@ from manyform.linear import Linear
 from manyform.ops.feed_forward import ACTIVATIONS as FUSED
 from manyform.ops.feed_forward import feed_forward
 from manyform.ops.gelu import gelu_tanh
+from manyform.ops.relu_squared import relu_squared
 from manyform.ops.swiglu import swiglu
 from manyform.state import State
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu_squared,
     "silu": F.silu}
+
+
+def network(x: Tensor, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
+    """down(f(up(x))), by one operation where both are linear maps and nothing else."""
+    if activation in FUSED and _maps(up, down):
+        return feed_forward(x, up.weight, down.weight, activation)
+    return down(ACTIVATIONS[activation](up(x)))
 
 
 class _Feedforward(Mixer):
@@ -62,9 +70,7 @@ class MLP(_Feedforward):
 
     def forward(self, x: Tensor, state: State = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, State]:
-        if self.activation in FUSED and _maps(self.up, self.down):
-            return feed_forward(x, self.up.weight, self.down.weight, self.activation), None
-        return self.down(ACTIVATIONS[self.activation](self.up(x))), None
+        return network(x, self.up, self.down, self.activation), None
 
     def deepnorm_weights(self) -> tuple[list[Tensor], list[Tensor]]:
         return [self.up.weight, self.down.weight], []

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyform.channels.mlp import network
 from manyform.contract import Cost, Hint, Mixer, Place, channel
 from manyform.errors import ManyformError
 from manyform.linear import Linear
-from manyform.ops.relu_squared import relu_squared
 from manyform.ops.token_shift import token_shift
+from manyform.precision import compute_dtype
 
 
 @channel("rwkv_channel")
@@ -37,11 +38,9 @@ class RWKVChannel(Mixer):
 
     def forward(self, x: Tensor, state: Tensor | None = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, Tensor]:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(compute_dtype(x))
         (mixed,), last = token_shift(x, self.shift[None], state, reset)
-        return self.value(relu_squared(self.key(mixed))), last
+        return network(mixed, self.key, self.value, "relu2"), last
 
     def initial_state(self, batch_size: int, *, device: Any = None) -> Tensor:
         wide = torch.float64 if self.shift.dtype == torch.float64 else torch.float32
@@ -74,11 +73,9 @@ class _Gated(Mixer):
 
     def forward(self, x: Tensor, state: Tensor | None = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, Tensor]:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(compute_dtype(x))
         (xk, xr), last = token_shift(x, 1 - self.time_mix, state, reset)
-        y = self.value(relu_squared(self.key(xk)))
+        y = network(xk, self.key, self.value, "relu2")
         return torch.sigmoid(self.receptance(xr)) * y, last
 
     def initial_state(self, batch_size: int, *, device: Any = None) -> Tensor:

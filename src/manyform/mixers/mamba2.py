@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.errors import ManyformError, unknown
 from manyform.linear import Linear
-from manyform.ops.gates import scale_heads, silu_gate
+from manyform.ops.gates import scale_and_keep, silu_gate
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.rms_norm import rms_norm
 from manyform.ops.short_conv import short_conv
@@ -120,8 +120,8 @@ class Mamba2(SequenceMixer):
         dt = F.softplus(dt.to(wide) + self.dt_bias)
         if self.dt_limit is not None:
             dt = dt.clamp(*self.dt_limit)
-        y, ssm = matrix_recurrence(c, b, scale_heads(u, dt), -self.A_log.exp() * dt, None, old_ssm,
-                                   reset)
+        write, u = scale_and_keep(u, dt)
+        y, ssm = matrix_recurrence(c, b, write, -self.A_log.exp() * dt, None, old_ssm, reset)
         if self.out_norm == "before_gate":
             y = self._norm((y + u * self.D[:, None].to(y.dtype)).flatten(-2)) * F.silu(z)
         else:

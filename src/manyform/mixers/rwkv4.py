@@ -13,6 +13,7 @@ from manyform.contract import Cost, Hint, Place, SequenceMixer, mixer
 from manyform.linear import Linear
 from manyform.ops.token_shift import token_shift
 from manyform.ops.wkv4 import NOTHING, Average, wkv4
+from manyform.precision import compute_dtype
 
 
 class RWKV4State(NamedTuple):
@@ -55,9 +56,7 @@ class RWKV4(SequenceMixer):
     def forward(self, x: Tensor, state: RWKV4State | None = None, *, reset: Tensor | None = None,
                 ) -> tuple[Tensor, RWKV4State]:
         """x: (batch, length, d_model) -> the same shape, and the state after the last step."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(compute_dtype(x))
         old = None if state is None else Average(*state[1:])
         (xk, xv, xr), last = token_shift(x, 1 - self.time_mix, None if state is None else
                                          state.last, reset)

@@ -14,6 +14,7 @@ from manyform.linear import Linear
 from manyform.ops.matrix_recurrence import matrix_recurrence
 from manyform.ops.rwkv6 import rwkv6_decay, rwkv6_output, steered_shift
 from manyform.ops.token_shift import token_shift
+from manyform.precision import compute_dtype
 
 
 class RWKV6State(NamedTuple):
@@ -78,9 +79,7 @@ class RWKV6(SequenceMixer):
         """x: (batch, length, d_model) -> the same shape, and the state after the last step."""
         batch, length, d = x.shape
         heads = (batch, length, self.n_heads, self.head_dim)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(compute_dtype(x))
         both = torch.stack([self.shift_x, torch.ones_like(self.shift_x)])
         (steer, before), last = token_shift(x, both, None if state is None else state.last, reset)
         low = torch.tanh(steer @ self.shift_w1).view(batch * length, 5, -1).transpose(0, 1)

@@ -17,6 +17,7 @@ from manyform.ops.rwkv_keys import rwkv_keys
 from manyform.ops.rwkv_output import rwkv_output
 from manyform.ops.token_shift import token_shift
 from manyform.ops.value_mix import value_mix
+from manyform.precision import compute_dtype
 
 
 class RWKV7State(NamedTuple):
@@ -88,9 +89,7 @@ class RWKV7(SequenceMixer):
                 shared: dict[str, Any] | None = None) -> tuple[Tensor, RWKV7State]:
         batch, length, d = x.shape
         heads = (batch, length, self.n_heads, self.head_dim)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(compute_dtype(x))
         (xr, xd, xk, xv, xa, xg), last = token_shift(
             x, self.shift, None if state is None else state.last, reset)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)

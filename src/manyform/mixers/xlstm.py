@@ -21,6 +21,7 @@ from manyform.ops.layer_norm import layer_norm
 from manyform.ops.mlstm import Memory, mlstm
 from manyform.ops.short_conv import short_conv
 from manyform.ops.slstm import Cell, slstm
+from manyform.precision import compute_dtype
 
 EPS = 1e-6
 """What the released code adds to the mLSTM's denominator."""
@@ -230,9 +231,7 @@ class SLSTM(_Heads):
     def forward(self, x: Tensor, state: SLSTMState | None = None, *,
                 reset: Tensor | None = None) -> tuple[Tensor, SLSTMState]:
         old_conv, old = (None, None) if state is None else state
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(compute_dtype(x))
         c, conv = short_conv(x, self.conv_weight, self.conv_bias, old_conv, reset, "silu")
         gates = torch.cat([head_linear(c, self.from_conv).unflatten(-1, (self.n_heads, -1)),
                            head_linear(x, self.from_x).unflatten(-1, (self.n_heads, -1))], dim=-1)

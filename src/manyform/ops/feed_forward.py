@@ -14,10 +14,11 @@ from manyform.ops.gelu import gelu_tanh
 from manyform.ops.kernels import usable
 from manyform.ops.linear import _halves, linear
 from manyform.ops.operation import operation
+from manyform.ops.relu_squared import relu_squared
 from manyform.ops.swiglu import swiglu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": swiglu, "gelu_tanh": gelu_tanh, "relu": F.relu}
+    "swiglu": swiglu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu_squared}
 """As `kernels.feed_forward` numbers them; the first halves the features."""
 SMALLEST = 2**20
 """Multiply-adds of one map below which torch's products are as fast."""

@@ -46,6 +46,13 @@ def scale_heads(x: Tensor, factor: Tensor) -> Tensor:
     return (x * factor[..., None]).to(x.dtype)
 
 
+@operation(flops=lambda x, factor: 0)
+def scale_and_keep(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale_heads(x, factor), x), for an x that is read once more: both gradients meet in one
+    pass."""
+    return scale_heads.reference(x, factor), x
+
+
 @operation(flops=lambda y, eps: 0)
 def divide_by_last(y: Tensor, eps: float) -> Tensor:
     """z_i = y_i / (y_V + eps), i < V: a normaliser that was computed beside what it divides
@@ -76,6 +83,11 @@ def _(y: Tensor, z: Tensor, u: Tensor | None = None, skip: Tensor | None = None)
 
 @scale_heads.path("numba", when=lambda x, factor: _rows(x) and factor.dtype == torch.float32)
 def _(x: Tensor, factor: Tensor) -> Tensor:
+    return _ScaleHeads.apply(x, factor)[0]
+
+
+@scale_and_keep.path("numba", when=lambda x, factor: _rows(x) and factor.dtype == torch.float32)
+def _(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return _ScaleHeads.apply(x, factor)
 
 
@@ -143,24 +155,29 @@ class _SiluGate(torch.autograd.Function):
 
 class _ScaleHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         from manyform.ops.kernels import gates as kernel
         from manyform.ops.kernels.lanes import flat
         ctx.save_for_backward(x, factor)
+        ctx.set_materialize_grads(False)
         y = torch.empty(x.shape, dtype=x.dtype)
         threads()
         kernel.scale_heads(flat(x), x.stride()[:3], flat(factor.contiguous()), flat(y),
                            tuple(x.shape))
-        return y
+        return y, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None, more: Tensor | None,  # type: ignore[override]
+                 ) -> tuple[Tensor | None, Tensor | None]:
         from manyform.ops.kernels import gates as kernel
         from manyform.ops.kernels.lanes import flat
+        if g is None:
+            return more, None
         x, factor = ctx.saved_tensors
+        more = g.new_empty(0) if more is None else more.contiguous()
         dx, dfactor = torch.empty(x.shape, dtype=x.dtype), torch.empty(factor.shape)
         threads()
-        kernel.scale_heads_backward(flat(g.contiguous()), flat(x), x.stride()[:3],
+        kernel.scale_heads_backward(flat(g.contiguous()), flat(more), flat(x), x.stride()[:3],
                                     flat(factor.contiguous()), flat(dx), flat(dfactor),
                                     tuple(x.shape))
         return dx, dfactor

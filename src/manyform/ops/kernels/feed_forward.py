@@ -45,7 +45,7 @@ from manyform.ops.kernels.tiles import (
     store_pairs,
 )
 
-SWIGLU, GELU, RELU = range(3)
+SWIGLU, GELU, RELU, RELU2 = range(4)
 
 
 @numba.njit(inline="always")
@@ -55,7 +55,8 @@ def _apply(kind, g, u):
         return g * sigmoid(g) * u
     if kind == GELU:
         return gelu(g)
-    return maximum(g, splat(np.float32(0)))
+    g = maximum(g, splat(np.float32(0)))
+    return g if kind == RELU else g * g
 
 
 @numba.njit(inline="always")
@@ -67,7 +68,10 @@ def _back(kind, g, u, da):
         return silu * u, da * u * (s + silu * (splat(np.float32(1)) - s)), da * silu
     if kind == GELU:
         return gelu(g), da * gelu_slope(g), u
-    return maximum(g, splat(np.float32(0))), positive(da, g), u
+    z = maximum(g, splat(np.float32(0)))
+    if kind == RELU:
+        return z, positive(da, g), u
+    return z * z, da * (z + z), u
 
 
 @numba.njit(fastmath=FAST, cache=True)
@@ -120,7 +124,7 @@ def forward(kind, x, tokens, d, hidden, block, up, down, y, floats, halves):
                         tile(two.ctypes.data, True, a, at + slabs * panel, steps)
                     _activate(kind, one, two, act, (i * slabs + j) * STEP)
             multiply(c.ctypes.data, True, act.ctypes.data, slabs * BYTES, down.ctypes.data,
-                      slabs * BYTES, squares, steps, slabs)
+                     slabs * BYTES, squares, steps, slabs)
             write(c, first, count, d, y)
         release()
 
@@ -167,12 +171,12 @@ def backward(kind, x, dy, tokens, d, hidden, block, up, down, up_rows, dx, sums,
                     left = given_across if part == 0 else own_across
                     to = ((worker * slabs + j) * (1 + maps) + part) * SIDE * d
                     multiply(sums[to:].ctypes.data, n == begin, left.ctypes.data,
-                              squares * BYTES, pairs[part * area // 2:].ctypes.data, 0, steps, 1,
-                              squares)
+                             squares * BYTES, pairs[part * area // 2:].ctypes.data, 0, steps, 1,
+                             squares)
                 if k == each - 1 or j == slabs - 1:
                     multiply(c.ctypes.data, j == k, rows.ctypes.data, LENGTH * BYTES,
-                              up_rows.ctypes.data + maps * (j - k) * BYTES, maps * slabs * BYTES,
-                              squares, steps, maps * (k + 1))
+                             up_rows.ctypes.data + maps * (j - k) * BYTES, maps * slabs * BYTES,
+                             squares, steps, maps * (k + 1))
             write(c, first, count, d, dx)
         release()
 

@@ -110,8 +110,8 @@ def scale_heads(x, xs, factor, y, shape):
 
 
 @numba.njit(parallel=True, fastmath=FAST, cache=True)
-def scale_heads_backward(g, x, xs, factor, dx, dfactor, shape):
-    """dx = g * factor, dfactor = g . x."""
+def scale_heads_backward(g, more, x, xs, factor, dx, dfactor, shape):
+    """dx = g * factor, plus `more` if it has elements; dfactor = g . x."""
     batch, length, heads, width = shape
     for index in numba.prange(batch * length):
         row = np.int64(index)
@@ -123,7 +123,8 @@ def scale_heads_backward(g, x, xs, factor, dx, dfactor, shape):
                 at = (row * heads + h) * width + d
                 grad = load(g, at)
                 sums = sums + grad * load(x, b * xs[0] + t * xs[1] + h * xs[2] + d)
-                store(dx, at, grad * f)
+                grad = grad * f
+                store(dx, at, grad + load(more, at) if more.size else grad)
             dfactor[row * heads + h] = total(sums)
 
 

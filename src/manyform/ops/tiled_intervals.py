@@ -28,7 +28,8 @@ def tiled_intervals(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, 
             else _Apart(low, high, k.shape[2]))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Intervals.apply(q, k, v, form, scale)
-    return form.forward(*(_readable(x) for x in (q, k, v)), scale)[0]
+    q, k, v = (_readable(x) for x in (q, k, v))
+    return form.forward(q, k, v, scale)[0]
 
 
 class _Intervals(torch.autograd.Function):

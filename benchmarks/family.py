@@ -1,12 +1,16 @@
 """Every catalog entry at growing context: training speed, decoding latency, bytes of state.
 
-One page: results/family-<device>.json and .md hold the table, .svg the chart.
+One page: results/family-<device>.json and .md hold the table, .svg the chart. Every entry is
+measured in a process of its own, whose memory ends with it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 import manyform
 from benchmarks.harness import RESULTS, figure, peers
 from benchmarks.training_speed import DEPTH, VOCAB, WIDTH, ours
+from manyform.catalog import entry as find
 from manyform.lab.decode import decode_costs
 from manyform.training.machine import machine_facts
 
@@ -36,7 +41,7 @@ def family(device: str, seconds: float, names: list[str] | None = None) -> str:
     for entry in manyform.catalog():
         if names and entry.name not in names:
             continue
-        record["entries"][entry.name] = row = _measure(entry, device, seconds)
+        record["entries"][entry.name] = row = _apart(entry, device, seconds)
         print(f"{entry.name:24}", *(_cell(x) for x in row["training"]), flush=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
     table = markdown(record)
@@ -45,10 +50,34 @@ def family(device: str, seconds: float, names: list[str] | None = None) -> str:
     return table
 
 
+def _empty(entry: Any) -> dict[str, Any]:
+    return {"family": entry.family, "year": entry.year, "causal": entry.causal, "training": [],
+            "why": "", "decode_ms": [], "state_bytes": []}
+
+
+def _apart(entry: Any, device: str, seconds: float) -> dict[str, Any]:
+    """`_measure` in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.family", entry.name, device,
+                           str(seconds)], stdout=subprocess.PIPE, text=True)
+    if done.returncode == 0:
+        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return row
+    nothing = [None] * len(LENGTHS)
+    return {**_empty(entry), "training": nothing, "decode_ms": nothing, "state_bytes": nothing,
+            "why": f"its process ended with {done.returncode}"}
+
+
+def _limit_memory() -> None:
+    """Ask for nine tenths of the machine's memory at most: what is more fails with a sentence."""
+    if sys.platform.startswith("linux"):
+        import resource
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        resource.setrlimit(resource.RLIMIT_DATA, (memory * 9 // 10, memory * 9 // 10))
+
+
 def _measure(entry: Any, device: str, seconds: float) -> dict[str, Any]:
     """One row: tokens/s in training (None where it cannot run, with the sentence why)."""
-    row: dict[str, Any] = {"family": entry.family, "year": entry.year, "causal": entry.causal,
-                           "training": [], "why": ""}
+    row = _empty(entry)
     options: dict[str, Any] = {}
     if "n_layers" in entry.defaults:
         options["n_layers"] = entry.defaults["n_layers"]
@@ -157,3 +186,10 @@ def _bytes(n: int) -> str:
             return f"{n:.3g} {unit}"
         n /= 1024  # type: ignore[assignment]
     return f"{n:.3g} GiB"
+
+
+if __name__ == "__main__":
+    name, device, seconds = sys.argv[1:]
+    if device == "cpu":
+        _limit_memory()
+    print(json.dumps(_measure(find(name), device, float(seconds))))

@@ -91,3 +91,14 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(manyform.ManyformError, match="cannot be read"):
         manyform.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [e.name for e in manyform.catalog() if e.causal])
+def test_no_tokens_change_nothing(name):
+    model = manyform.create(name, vocab_size=17, d_model=32).double().eval()
+    tokens, none = torch.randint(17, (2, 5)), torch.zeros(2, 0, dtype=torch.int64)
+    with torch.no_grad():
+        for state in (None, model(tokens)[1]):
+            logits, after = model(none, state, reset=none.bool())
+            assert logits.shape == (2, 0, 17)
+            torch.testing.assert_close(model(tokens, after)[0], model(tokens, state)[0])

@@ -52,7 +52,8 @@ class ModelConfig:
     exits: after how many layers a token may leave for the head. Training then minimises the mean of
     the losses at every exit and at the end, weighted by depth (Schuster 2022, section 3.4).
     exit_threshold: in evaluation mode a token leaves where the largest probability reaches it;
-    None: nobody does.
+    None: nobody does. prefix_tokens: learned vectors before every document (see
+    `manyform.prefix.Prefix`).
     """
 
     vocab_size: int
@@ -81,6 +82,7 @@ class ModelConfig:
     logit_cap: float | None = None
     exits: tuple[int, ...] = ()
     exit_threshold: float | None = None
+    prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.residual, bool):  # what configurations said before there was a choice
@@ -108,6 +110,9 @@ class ModelConfig:
                 {n for n in self.exits if isinstance(n, int) and 0 < n < self.n_layers}):
             raise ManyformError("exits must be a list of rising numbers of layers, from 1 to "
                                 f"n_layers - 1 = {self.n_layers - 1}, not {self.exits!r}")
+        if self.prefix_tokens < 0 or (self.prefix_tokens and self.exits):
+            raise ManyformError("prefix_tokens must be 0 or more, and cannot stand beside exits; "
+                                f"given: {self.prefix_tokens} and exits={list(self.exits)}")
         if self.exits and self.residual in ("residual_dual", "reversible"):
             raise ManyformError(f"exits cannot read the two streams of residual={self.residual!r}")
         if self.residual == "reversible" and (self.tie or self.head_map is not None):

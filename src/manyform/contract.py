@@ -163,6 +163,9 @@ class SequenceMixer(Mixer):
     aligned: bool = False
     """True if a growing state keeps the newest last and counts its own length, so that zeros may be
     put before it: rows of different lengths can then be joined."""
+    reads_tokens: bool = False
+    """True if it looks at the tokens themselves (`shared["tokens"]`): it cannot run over some of a
+    row's tokens only, or over vectors that are none."""
     exactly_causal: bool = True
     """False where a fast Fourier transform mixes rounding errors (not values) across time."""
 

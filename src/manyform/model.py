@@ -24,6 +24,7 @@ from manyform.norms import norm, stream_norm
 from manyform.ops.cross_entropy import linear_cross_entropy
 from manyform.ops.operation import trace
 from manyform.positions import AxialPositions, document_positions, sinusoidal
+from manyform.prefix import Prefix, require_prefix
 from manyform.stack import Stack, ends_in_norm
 
 
@@ -82,6 +83,10 @@ class Model(nn.Module):
             self.embedding_map = linear(d, d, bias=True)
         self.blocks = Stack(config.layers, d, residual=config.residual,
                             make_norm=lambda: norm(config.norm, d, config.norm_eps))
+        self.prefix: Prefix | None = None
+        if config.prefix_tokens:
+            require_prefix(self.blocks)
+            self.prefix = Prefix(config.prefix_tokens, d, config.embedding_std)
         final = config.final_norm and not ends_in_norm(config.residual)
         self.final_norm = norm(config.norm if final else "none", config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
@@ -138,9 +143,14 @@ class Model(nn.Module):
             x = stream_norm(self.embedding_norm, x)
         if self.config.embedding_map:
             x = self.embedding_map(x).to(x.dtype)
-        shared["tokens"] = tokens
-        h, after = self.blocks(x, None if state is None else state.layers, reset=reset,
-                               shared=shared, final_norm=self.final_norm, exits=exits)
+        layers = None if state is None else state.layers
+        if self.prefix is not None:
+            h, after = self.prefix(self.blocks, x, positions == 0, layers, shared=shared,
+                                   final_norm=self.final_norm)
+        else:
+            shared["tokens"] = tokens
+            h, after = self.blocks(x, layers, reset=reset, shared=shared,
+                                   final_norm=self.final_norm, exits=exits)
         last = positions[:, -1] + 1 if length else before
         return h, ModelState(last, after) if self.causal else None
 
@@ -229,7 +239,7 @@ class Model(nn.Module):
         state bytes after them, and the path that each operation takes on this model's device."""
         if length < 1:
             raise ManyformError(f"length must be at least 1, not {length}")
-        cost = self.blocks.cost(length) + self._outside(length)
+        cost = self.blocks.cost(length + self.config.prefix_tokens) + self._outside(length)
         params = self.num_params()
         return ModelCost(params, params, cost.flops, length, cost.state_bytes, self.paths(length))
 
@@ -249,7 +259,8 @@ class Model(nn.Module):
 
     def cost_limit(self, length: int) -> Cost:
         """The most that `length` tokens of one sequence can cost."""
-        return self.blocks.cost_limit(length) + self._outside(length)
+        return (self.blocks.cost_limit(length + self.config.prefix_tokens)
+                + self._outside(length))
 
     def _outside(self, length: int) -> Cost:
         """The heads, at every exit that asks them, the maps at both ends, and the position."""

@@ -50,10 +50,11 @@ class Stack(nn.ModuleList):
                 final_norm: nn.Module | None = None, exits: Exits | None = None,
                 ) -> tuple[Tensor, tuple[BlockState, ...]]:
         """x: (batch, length, d_model) -> the same shape (reversible streams one beside the other:
-        2 d_model features), behind `final_norm` where one is given, and a state for each layer.
-        exits: what tokens may do on the way."""
+        2 d_model features), behind `final_norm` where one is given, and a state for each layer
+        (of no tokens: the state that was). exits: what tokens may do on the way."""
         shared = {} if shared is None else shared
         after: list[BlockState] = []
+        batch, length, _ = x.shape
         outside = shared.get("entrance")  # of a stack around this one
         shared["entrance"] = x
         dual = self.residual in ("residual_dual", "reversible")
@@ -61,6 +62,10 @@ class Stack(nn.ModuleList):
             x = torch.stack([x, x])
         for i, block in enumerate(self.layers):
             before = state[i] if state is not None else None
+            if not length:  # layers need not care about no tokens
+                after.append(block.initial_state(batch, device=x.device) if before is None
+                             else before)
+                continue
             shared["use"] = self.use[i]
             if exits is not None and exits.everyone_left:
                 after.append(block.remember(x, before, reset=reset, shared=shared))

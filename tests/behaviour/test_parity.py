@@ -37,7 +37,7 @@ def test_delta_rule_needs_negative_eigenvalues(negative, record):
     accuracies = []
     for seed in (0, 1, 2) if negative else (0, 1):
         model = runs.train_parity("gated_delta_net", seed=seed, n_heads=4, head_dim=16,
-                                  precision="bf16", negative_eigenvalues=negative)
+                                  negative_eigenvalues=negative)
         accuracies.append(runs.parity_accuracy(model, 256))
         if negative and accuracies[-1] >= 0.99:
             break

@@ -56,7 +56,7 @@ def test_published_sizes_are_what_their_family_says(preset, family):
 
 
 @pytest.mark.parametrize("name", ["retnet", "lstm", "hyena", "3 gla : 1 attention", "alibi",
-                                  "rwkv7", "reformer", "performer"])
+                                  "rwkv7", "reformer", "performer", "hymba"])
 @torch.no_grad()
 def test_others_take_a_class_of_ours_along(name, tmp_path):
     ours = model(name)
@@ -69,6 +69,21 @@ def test_others_take_a_class_of_ours_along(name, tmp_path):
                             pad_token_id=0)
     assert again[0, 12:].tolist() == ours.generate(x[:1], 5, greedy=True).tokens[0].tolist()
     assert sum(p.numel() for p in theirs.parameters()) == ours.num_params()
+    back = manyform.load_pretrained(tmp_path / "out")
+    assert back.config == ours.config
+    assert torch.equal(back(x)[0], want)
+
+
+def test_a_damaged_export_of_our_class_is_named(tmp_path):
+    manyform.save_pretrained(model("lstm"), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "manyform": {**values["manyform"], "n_layers": 3}}))
+    with pytest.raises(ManyformError, match=r"lacks .*model.blocks.2"):
+        manyform.load_pretrained(tmp_path / "out")
+    path.write_text(json.dumps({k: v for k, v in values.items() if k != "manyform"}))
+    with pytest.raises(ManyformError, match="needs its key 'manyform'"):
+        manyform.load_pretrained(tmp_path / "out")
 
 
 @torch.no_grad()
@@ -111,12 +126,12 @@ def test_a_family_that_does_not_fit_says_why(tmp_path):
 
 @pytest.mark.parametrize("options", [
     {"qk_norm": True}, {"window": 8, "sinks": 2}, {"rope_scaling": {"type": "ntk", "factor": 2.0}},
-    {"residual": "deepnorm"}, {"logit_cap": 5.0}, {"norm": "layer_no_bias"}])
+    {"residual": "deepnorm"}, {"logit_cap": 5.0}, {"norm": "layer_no_bias"}, {"exits": (1,)},
+    {"prefix_tokens": 3}])
 def test_no_option_is_lost_on_the_way_out(options, tmp_path):
     ours = model("llama", **options)
-    family = manyform.save_pretrained(ours, tmp_path / "out")
-    back = (manyform.load_pretrained(tmp_path / "out") if family != "manyform" else
-            read(tmp_path / "out", trust_remote_code=True).model)
+    manyform.save_pretrained(ours, tmp_path / "out")
+    back = manyform.load_pretrained(tmp_path / "out")
     assert torch.allclose(back(tokens())[0], ours(tokens())[0], atol=1e-6)
 
 

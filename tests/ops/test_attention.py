@@ -141,7 +141,9 @@ TILED = [dict(length=32), dict(length=33, groups=1), dict(length=300), dict(leng
          dict(length=160, d=128, alibi=True), dict(length=200, window=1),
          dict(length=300, window=70), dict(length=130, documents=True, window=9, groups=1),
          dict(length=200, documents=True), dict(length=200, documents=True, window=9, alibi=True),
-         dict(length=700, d=64, window=600, batch=1), dict(length=64, window=100, sinks=0)]
+         dict(length=700, d=64, window=600, batch=1), dict(length=64, window=100, sinks=0),
+         dict(length=40, window=100, sinks=3), dict(length=300, window=33, sinks=5, groups=1),
+         dict(length=333, documents=True, window=40, sinks=70)]
 
 
 @pytest.mark.skipif(not tiled(), reason="this processor has no matrix tiles")

@@ -63,9 +63,10 @@ class Decoder:
         precision: "bf16" keeps its matrices in bfloat16, half the bytes that a token reads; sums,
         activations and states stay float32.
         None where nothing would be gained or the result would differ: more than one row, another
-        device, parameters other than float32, autocast, a subclass of the model or hooks on it, no
-        numba, a norm behind the embedding, more at the head than a matrix product, a residual
-        structure other than "pre" and "none", early exit, or no block with a compiled step.
+        device, parameters other than float32, autocast, a prefix yet to be read, a subclass of the
+        model or hooks on it, no numba, a norm behind the embedding, more at the head than a matrix
+        product, a residual structure other than "pre" and "none", early exit, or no block with a
+        compiled step.
         """
         config = model.config
         plain_ends = model._plain_head and not (config.embedding_norm or config.embedding_map
@@ -75,6 +76,7 @@ class Decoder:
         one_row = state is None or state.position.shape[0] == 1
         if not (plain_call and one_row and model.causal and usable(*model.parameters())
                 and not torch.is_autocast_enabled("cpu")
+                and not (config.prefix_tokens and (state is None or not int(state.position[0])))
                 and all(p.dtype == torch.float32 for p in model.parameters())):
             return None
         try:
@@ -121,8 +123,8 @@ class Decoder:
 
 def _flops(decoder: Decoder, token: int) -> int:
     """What one token more costs the model, after those that its position tells of."""
-    config, n = decoder.model.config, decoder.position
-    stack = decoder.model.blocks
+    config, stack = decoder.model.config, decoder.model.blocks
+    n = decoder.position + config.prefix_tokens
     before = stack.cost(n).flops if n else 0
     return 2 * config.d_model * config.vocab_size + stack.cost(n + 1).flops - before
 

@@ -14,6 +14,7 @@ from manyform.exchange.families import FAMILIES
 from manyform.exchange.family import Family, NoInit, names
 from manyform.exchange.folder import Weights, carry, fresh, parse_size, read_json, write_json
 from manyform.exchange.tokenizer import ORIGIN, bytes_as_json
+from manyform.exchange.wrapped import OWN, wrap
 from manyform.model import Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -62,6 +63,8 @@ def _family(values: dict[str, Any], source: Path) -> Family:
         hint = ("it is a folder of manyform; read it with manyform.load" if "pattern" in values
                 else f"known: {', '.join(FAMILIES)}")
         raise ManyformError(f"{source / 'config.json'} names no model_type; {hint}")
+    if kind == OWN.model_type:
+        return OWN
     if kind not in FAMILIES:
         raise ManyformError(f"checkpoints of model_type {kind!r} cannot be read; known: "
                             f"{', '.join(FAMILIES)}")
@@ -72,7 +75,7 @@ def _family(values: dict[str, Any], source: Path) -> Family:
 def _read_weights(model: Model, family: Family, weights: Weights) -> None:
     """Fill the model's parameters; every tensor of the files is used, or named in the error."""
     found = family.found(weights.shapes)
-    own = dict(model.named_parameters())
+    own = model.state_dict()
     places = family.places(model)
     where = str(weights.folder)
     wanted = {theirs: shape for place in places
@@ -133,8 +136,7 @@ def save_pretrained(model: Model, path: str | Path, *, family: str | None = None
     kind = next(model.parameters()).dtype if dtype is None else _dtype(dtype)
     target = fresh(path)
     if record is None:
-        from manyform.exchange.wrapped import wrap
-        values, places = wrap(model, target)
+        values, places = wrap(model, target), OWN.places(model)
     else:
         places = record.places(model)
         kept = {k: v for k, v in origin.items() if k not in values and _about_use(k, record)}

@@ -66,6 +66,9 @@ class ParallelHeads(SequenceMixer):
             RMSNorm(d_model) if combine != "sum" else None for _ in range(2))
         self.causal = self.first.causal and self.second.causal
         self.packs = self.first.packs and self.second.packs
+        self.aligned = all(part.aligned or part.growth[0] in ("none", "constant")
+                           for part in (self.first, self.second))
+        self.reads_tokens = self.first.reads_tokens or self.second.reads_tokens
 
     def _part(self, text: str) -> SequenceMixer:
         layers = parse_pattern(text, None)

@@ -50,7 +50,7 @@ class Tree(SequenceMixer):
             raise ManyformError(f"depth of tree must be at least 2, not {depth}")
         self.open, self.close = (None if x is None else [x] if isinstance(x, int) else list(x)
                                  for x in (open, close))
-        self.depth, self.discrete = depth, open is None
+        self.depth, self.discrete, self.reads_tokens = depth, open is None, open is not None
         self.leaf = linear(d_model, 2 * d_model, bias=True, std=1 / math.sqrt(d_model))
         bound = 1 / math.sqrt(2 * d_model)
         self.weight = nn.Parameter(torch.empty(5 * d_model, 2 * d_model).uniform_(-bound, bound))

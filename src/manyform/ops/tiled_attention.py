@@ -27,12 +27,14 @@ NARROW = 4
 def applies(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, *, prefix: int = 0,
             window: int | None = None, sinks: int = 0, slopes: Tensor | None = None,
             scale: float | None = None) -> bool:
-    """True for bfloat16 on a CPU with tiles, self-attention from the start, no sinks; heads of so
-    many features that padding them to whole tiles at most doubles the work."""
+    """True for bfloat16 on a CPU with tiles and self-attention from the start; heads of so many
+    features that padding them to whole tiles at most doubles the work, and beside sinks, which are
+    intervals, of whole tiles and without ALiBi."""
     length, d = q.shape[2:]
     if not (q.dtype == k.dtype == v.dtype == torch.bfloat16 and length == k.shape[2]
             and length >= MULTIPLE and MULTIPLE // 2 <= d <= 256 and v.shape[3] == d
-            and (sinks == 0 or window is None) and usable(q, k, v)):
+            and (sinks == 0 or window is None or (slopes is None and d % MULTIPLE == 0))
+            and usable(q, k, v)):
         return False
     from manyform.ops.kernels.tiles import supported
     return supported()
@@ -46,10 +48,15 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None
     n, wide = (-(-size // MULTIPLE) * MULTIPLE for size in (length, d))
     first = _first_visible(start, q.shape[0], length, n, window)
     scale = 1 / math.sqrt(d) if scale is None else scale
-    if window is not None and slopes is None and wide == d and NARROW * window <= length:
+    if window is not None and slopes is None and wide == d and (
+            sinks or NARROW * window <= length):
         from manyform.ops.tiled_intervals import tiled_intervals
         low = first[:, None, :length, None]
         high = torch.arange(1, length + 1)[:, None].expand_as(low)
+        if sinks:
+            begin = _first_visible(start, len(q), length, length, None)[:, None, :, None]
+            low = torch.cat([begin, low], -1)
+            high = torch.cat([torch.minimum(begin + sinks, low[..., 1:]), high], -1)
         return tiled_intervals(q, k, v, low, high, scale)
     if n > length or wide > d:  # queries after the end see only what they must, without gradient
         q, k, v = (F.pad(x, (0, wide - d, 0, n - length)) for x in (q, k, v))

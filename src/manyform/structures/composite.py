@@ -56,6 +56,7 @@ class Composite(SequenceMixer):
             b.mixer.exactly_causal for b in stack.layers)
         self.aligned = self.aligned and all(
             b.mixer.aligned or b.mixer.growth[0] in ("none", "constant") for b in stack.layers)
+        self.reads_tokens = self.reads_tokens or any(b.mixer.reads_tokens for b in stack.layers)
         self.discrete = self.discrete or any(
             p.discrete for b in stack.layers for p in (b.mixer, b.channel) if p is not None)
         return stack

@@ -65,6 +65,7 @@ class HierarchicalTransformer(Composite):
         self.document = self.build_stack(document, "document network")
         self.decoder = self.build_stack(decoder, "decoder")
         require_ragged(self.document, self.name)
+        self.reads_tokens = self.reads_tokens or delimiter is not None
         self.down = Linear(d_model, d_model, bias=False)
         nn.init.normal_(self.down.weight, std=0.02)
 

@@ -6,10 +6,12 @@ behind the last kept token of every row, and not behind filling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyform import state as states
@@ -17,10 +19,13 @@ from manyform.errors import ManyformError
 from manyform.stack import Stack
 from manyform.state import State
 
+Run = Callable[..., tuple[Tensor, State]]
+"""(x, state, reset=...) -> (y, state): a stack with everything else that its call takes."""
+
 
 def advance(stack: Stack, x: Tensor, keep: Tensor, state: State, reset: Tensor | None,
-            shared: dict[str, Any]) -> tuple[Tensor, State]:
-    """The stack over the kept tokens of each row.
+            shared: dict[str, Any], final_norm: nn.Module | None = None) -> tuple[Tensor, State]:
+    """The stack (and `final_norm`) over the kept tokens of each row.
 
     x: (batch, length, d); keep: (batch, length) bool; reset: (batch, length) bool, looked at where
     a token is kept. Returns (batch, n, d), the outputs of each row's kept tokens from the left,
@@ -36,18 +41,19 @@ def advance(stack: Stack, x: Tensor, keep: Tensor, state: State, reset: Tensor |
     kept = _columns(x, order)
     marks = None if reset is None else reset.gather(1, order)
     if least == most:
-        return stack(kept, state, reset=marks, shared=shared)
+        return stack(kept, state, reset=marks, shared=shared, final_norm=final_norm)
+    run = partial(stack, shared=shared, final_norm=final_norm)
     real = torch.arange(most, device=x.device) < counts[:, None]
     kept = kept.masked_fill(~real[..., None], 0)
     if state is None and least > 0:
-        return _from_the_right(stack, kept, counts, marks, real, shared)
+        return _from_the_right(run, kept, counts, marks, real)
     if state is None:
         state = stack.initial_state(x.shape[0], device=x.device)
-    return _in_steps(stack, kept, counts, state, marks, shared)
+    return _in_steps(run, kept, counts, state, marks)
 
 
-def _from_the_right(stack: Stack, kept: Tensor, counts: Tensor, marks: Tensor | None, real: Tensor,
-                    shared: dict[str, Any]) -> tuple[Tensor, State]:
+def _from_the_right(run: Run, kept: Tensor, counts: Tensor, marks: Tensor | None, real: Tensor,
+                    ) -> tuple[Tensor, State]:
     """At the start of a sequence: one call, every row flush right, the filling before it cut off by
     a reset at its first token."""
     most = kept.shape[1]
@@ -57,22 +63,21 @@ def _from_the_right(stack: Stack, kept: Tensor, counts: Tensor, marks: Tensor | 
     reset = columns == filling
     if marks is not None:
         reset = reset | (marks & real).gather(1, order)
-    y, state = stack(_columns(kept, order), None, reset=reset, shared=shared)
+    y, state = run(_columns(kept, order), None, reset=reset)
     y = _columns(y, (columns + filling) % most)
     return y.masked_fill(~real[..., None], 0), state
 
 
-def _in_steps(stack: Stack, kept: Tensor, counts: Tensor, state: State, marks: Tensor | None,
-              shared: dict[str, Any]) -> tuple[Tensor, State]:
+def _in_steps(run: Run, kept: Tensor, counts: Tensor, state: State, marks: Tensor | None,
+              ) -> tuple[Tensor, State]:
     """Chunks that end wherever a row ends, each with the rows that go on: no filling at all."""
     batch, most, _ = kept.shape
     live = torch.arange(batch, device=kept.device)
     places, pieces, rows, ended, begin = [], [], [], [], 0
     for level in sorted(set(counts.tolist())):
         if level > begin:
-            y, state = stack(kept[live, begin:level], state,
-                             reset=None if marks is None else marks[live, begin:level],
-                             shared=shared)
+            y, state = run(kept[live, begin:level], state,
+                           reset=None if marks is None else marks[live, begin:level])
             places.append((live[:, None] * most + torch.arange(begin, level,
                                                                device=live.device)).flatten())
             pieces.append(y.flatten(0, 1))
@@ -81,7 +86,7 @@ def _in_steps(stack: Stack, kept: Tensor, counts: Tensor, state: State, marks: T
         rows.append(live[finished])
         ended.append(states.select(state, finished))
         live, state = live[~finished], states.select(state, ~finished)
-    flat = kept.new_zeros(batch * most, kept.shape[2], dtype=pieces[0].dtype)
+    flat = kept.new_zeros(batch * most, pieces[0].shape[1], dtype=pieces[0].dtype)
     flat = flat.index_copy(0, torch.cat(places), torch.cat(pieces))
     back = torch.cat(rows).argsort()
     return flat.view(batch, most, -1), states.select(_join(ended), back)
@@ -100,8 +105,12 @@ def _join(trees: list[State]) -> State:
 
 
 def require_ragged(stack: Stack, name: str) -> None:
-    """Refuse a stack whose states cannot be joined row by row. Raises ManyformError."""
+    """Refuse a stack that cannot run over some tokens of a row, or whose states cannot be joined
+    row by row. Raises ManyformError."""
     for mixer in (block.mixer for block in stack.layers):
+        if mixer.reads_tokens:
+            raise ManyformError(f"{mixer.name} reads the tokens themselves, and in {name} a stack "
+                                "sees some of a row's tokens only, or vectors that are none")
         if not (mixer.aligned or mixer.growth[0] in ("none", "constant")):
             raise ManyformError(
                 f"{name} advances each row by itself, and the growing state of {mixer.name} cannot "

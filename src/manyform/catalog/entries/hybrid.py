@@ -30,14 +30,19 @@ ENTRIES = [
     Entry.of("samba", 2024, "Ren et al., Samba, arXiv:2406.07522", "hybrid",
              "mamba : attention(window=256)", note="an MLP after each, as in the paper"),
     Entry.of("hymba", 2024, "Dong et al., Hymba, arXiv:2411.13676", "hybrid",
-             "1 parallel_heads : 5 parallel_heads(first='attention(window=256)')",
-             note="every sixth layer sees all, where the paper has three of 32; without its meta "
-             "tokens and shared caches"),
+             "1 parallel_heads : 5 parallel_heads(first='attention(window=256, sinks=32)')",
+             note="every sixth layer sees all, where the paper has three of 32; 32 meta tokens "
+             "(prefix_tokens, and as many sinks, which stay visible beside the window) where it "
+             "has 128 and window 1024; without its shared caches", prefix_tokens=32),
     Entry.of("titans_mal", 2025, "Behrouz et al., Titans, arXiv:2501.00663", "hybrid",
-             "titans + none : attention(window=256)", note="memory as a layer"),
+             "titans + none : attention(window=256)",
+             note="memory as a layer; 16 tokens of persistent memory, a number that the paper "
+             "leaves open", prefix_tokens=16),
     Entry.of("titans_mag", 2025, "Behrouz et al., Titans, arXiv:2501.00663", "hybrid",
-             "parallel_heads(first='attention(window=256)', second='titans', combine='gate')",
-             note="memory as a gate"),
+             "parallel_heads(first='attention(window=256, sinks=16)', second='titans', "
+             "combine='gate')",
+             note="memory as a gate; 16 tokens of persistent memory (prefix_tokens), which stay "
+             "visible beside the window (sinks)", prefix_tokens=16),
     Entry.of("lfm2", 2025, "Amini et al., LFM2 technical report, arXiv:2511.23404", "hybrid",
              "2 gated_conv : attention(qk_norm=True, qk_norm_eps=1e-5)", rope_base=1e6,
              norm_eps=1e-5, kv_groups=4),

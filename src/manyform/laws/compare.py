@@ -18,7 +18,7 @@ TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 5e-2}
 # leaves nothing. In bfloat16 so is a difference of half a unit in the last place of the largest.
 NEGLIGIBLE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 2.0**-8}
 
-# How much farther from float32 than any of the other way's a bfloat16 gradient may lie: the farthest
+# How much farther from float32 than the other way's a bfloat16 gradient may lie: than the farthest
 # of many tensors, or of one under several roundings of its input.
 ROUNDING = 4.0
 ROUNDING_OF_ONE = 2.0

@@ -38,6 +38,18 @@ class AttentionState(NamedTuple):
     length: Tensor
 
 
+class Seen(NamedTuple):
+    """What the queries of a call look at: keys, values, start and prefix as
+    `ops.attention.attention` takes them. positions: (batch, length), of the queries in their
+    documents; None where these are 0, 1, 2, ..."""
+
+    keys: Tensor
+    values: Tensor
+    start: Tensor | None
+    prefix: int
+    positions: Tensor | None
+
+
 @mixer("attention")
 class Attention(SequenceMixer):
     """Scaled dot-product attention over the past (Vaswani 2017, section 3.2).
@@ -152,7 +164,13 @@ class Attention(SequenceMixer):
                reset: Tensor | None) -> tuple[Tensor, AttentionState]:
         """What follows the projection of x to queries, keys and values, (batch, length,
         (n_heads + 2 kv_heads) head_dim)."""
-        batch, length, _ = x.shape
+        q, seen, after = self.see(qkv, state, reset)
+        return self.result(x, q, seen), after
+
+    def see(self, qkv: Tensor, state: AttentionState | None, reset: Tensor | None,
+            ) -> tuple[Tensor, Seen, AttentionState]:
+        """Queries (batch, n_heads, length, head_dim), what they look at, and the next state."""
+        batch, length, _ = qkv.shape
         heads, groups, d = self.n_heads, self.kv_heads, self.head_dim
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
@@ -163,15 +181,9 @@ class Attention(SequenceMixer):
                 (self.q_norm, self.k_norm), qk.split([heads, groups], dim=2), strict=True)], dim=2)
         old = 0 if state is None else state.keys.shape[2]
         start = _document_starts(state, old, length, reset)
-        if self.table is not None:
-            positions = None if start is None else (
-                torch.arange(old, old + length, device=x.device) - start)
-            if self.rotary_dim == d:
-                qk = self.table.turn(qk, positions)
-            else:
-                turned, kept = qk.split([self.rotary_dim, d - self.rotary_dim], dim=-1)
-                qk = torch.cat([self.table.turn(turned, positions), kept], dim=-1)
-        q, k = qk.split([heads, groups], dim=2)
+        positions = None if start is None else (
+            torch.arange(old, old + length, device=qkv.device) - start)
+        q, k = self.turn(qk, positions).split([heads, groups], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         seen_k, seen_v, prefix = k, v, 0
         if state is not None:
@@ -182,12 +194,25 @@ class Attention(SequenceMixer):
                 prefix = self.sinks
                 seen_k = torch.cat([state.first_keys.to(k.dtype), k], dim=2)
                 seen_v = torch.cat([state.first_values.to(v.dtype), v], dim=2)
-        y = self._attend(q, seen_k, seen_v, start, prefix)
-        after = self._after(k, v, state, start, reset)
-        y = y.transpose(1, 2).reshape(batch, length, heads * d)
+        return (q, Seen(seen_k, seen_v, start, prefix, positions),
+                self._after(k, v, state, start, reset))
+
+    def turn(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Queries and keys, (batch, length, heads, head_dim), with their positions turned in."""
+        if self.table is None:
+            return x
+        if self.rotary_dim == self.head_dim:
+            return self.table.turn(x, positions)
+        turned, kept = x.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        return torch.cat([self.table.turn(turned, positions), kept], dim=-1)
+
+    def result(self, x: Tensor, q: Tensor, seen: Seen) -> Tensor:
+        """The layer's output."""
+        y = self._attend(q, seen.keys, seen.values, seen.start, seen.prefix)
+        y = y.transpose(1, 2).flatten(2)
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(x))
-        return self.out(y), after
+        return self.out(y)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, prefix: int) -> Tensor:
         """Queries, keys and values, (batch, heads, n, head_dim), to outputs; see the operation."""

@@ -30,10 +30,13 @@ ENTRIES = [
     Entry.of("samba", 2024, "Ren et al., Samba, arXiv:2406.07522", "hybrid",
              "mamba : attention(window=256)", note="an MLP after each, as in the paper"),
     Entry.of("hymba", 2024, "Dong et al., Hymba, arXiv:2411.13676", "hybrid",
-             "1 parallel_heads : 5 parallel_heads(first='attention(window=256, sinks=32)')",
-             note="every sixth layer sees all, where the paper has three of 32; 32 meta tokens "
-             "(prefix_tokens, and as many sinks, which stay visible beside the window) where it "
-             "has 128 and window 1024; without its shared caches", prefix_tokens=32),
+             " : ".join(["parallel_heads", *[
+                 "parallel_heads(first='cross_layer_attention(window=256, sinks=32)')",
+                 "parallel_heads(first='cross_layer_attention(window=256, sinks=32, "
+                 "borrows=True)')"] * 2]),
+             note="every fifth layer sees all, where the paper has the first, the middle and the "
+             "last of 32; 32 meta tokens (prefix_tokens, and as many sinks, which stay visible "
+             "beside the window) where it has 128 and window 1024", prefix_tokens=32),
     Entry.of("titans_mal", 2025, "Behrouz et al., Titans, arXiv:2501.00663", "hybrid",
              "titans + none : attention(window=256)",
              note="memory as a layer; 16 tokens of persistent memory, a number that the paper "

@@ -18,10 +18,8 @@ TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 5e-2}
 # leaves nothing. In bfloat16 so is a difference of half a unit in the last place of the largest.
 NEGLIGIBLE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 2.0**-8}
 
-# How much farther from float32 than the other way's a bfloat16 gradient may lie: than the farthest
-# of many tensors, or of one under several roundings of its input.
+# How much farther from float32 than any of the other way's a bfloat16 gradient may lie.
 ROUNDING = 4.0
-ROUNDING_OF_ONE = 2.0
 
 
 def distance(got: Tensor, want: Tensor, precision: str) -> float:
@@ -49,21 +47,16 @@ def require_close(got: Tensor, want: Tensor, what: str, precision: str) -> float
 
 def require_gradients_close(got: Sequence[Tensor | None], want: Sequence[Tensor | None],
                             truth: Callable[[], Sequence[Tensor | None]], what: str,
-                            precision: str,
-                            roundings: Callable[[], Sequence[Tensor]] | None = None) -> float:
+                            precision: str) -> float:
     """Gradients of two ways to compute the same (None: no gradient): the largest relative error.
 
     In bfloat16 a gradient whose terms cancel may be mostly rounding, which no two ways share. Where
     they differ by more than the tolerance both are held to float32, which `truth` computes: `got`
     may lie at most `ROUNDING` times as far from it as the farthest of `want` does.
-
-    roundings: for a single gradient, of which one `want` says little: the same from inputs that
-    differ by roundings of bfloat16. `got` may then lie at most `ROUNDING_OF_ONE` times as far as
-    the farthest of these.
     """
     scale = max(float(w.abs().max()) for w in want if w is not None and w.numel())
     exact: Sequence[Tensor | None] | None = None
-    worst = limit = 0.0
+    worst = far = 0.0
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         if w is None or not w.numel() or float(w.abs().max()) <= NEGLIGIBLE[precision] * scale:
             continue
@@ -76,15 +69,11 @@ def require_gradients_close(got: Sequence[Tensor | None], want: Sequence[Tensor 
                 continue
             if exact is None:
                 exact = truth()
-                if roundings is not None and (t := exact[0]) is not None:
-                    limit = ROUNDING_OF_ONE * max(distance(w, t, precision) for w in roundings())
-                else:
-                    limit = ROUNDING * max(
-                        distance(w, t, precision) for w, t in zip(want, exact, strict=True)
-                        if w is not None and t is not None
-                        and float(w.abs().max()) > NEGLIGIBLE[precision] * scale)
+                far = max(distance(w, t, precision) for w, t in zip(want, exact, strict=True)
+                          if w is not None and t is not None
+                          and float(w.abs().max()) > NEGLIGIBLE[precision] * scale)
             t = exact[i]
-            if t is not None and distance(g, t, precision) <= limit < float("inf"):
+            if t is not None and distance(g, t, precision) <= ROUNDING * far < float("inf"):
                 continue
         worst = max(worst, require_close(g, w, what, precision))
     return worst

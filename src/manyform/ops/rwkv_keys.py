@@ -32,10 +32,11 @@ def rwkv_keys(k: Tensor, decay: Tensor, rate: Tensor, w0: Tensor, a0: Tensor, k_
     shape = (*k.shape[:-1], heads, k.shape[-1] // heads)
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     log_decay = DECAY_SCALE * torch.sigmoid(w0 + decay.to(wide))
-    share = torch.sigmoid(a0 + rate.to(wide)).to(k.dtype)
-    kappa = F.normalize((k * k_k.to(k.dtype)).view(shape), dim=-1, eps=1e-12)
-    key = k * (1 + (share - 1) * k_a.to(k.dtype))
-    return log_decay.view(shape), -kappa, kappa * share.view(shape), key.view(shape)
+    share, wide_k = torch.sigmoid(a0 + rate.to(wide)), k.to(wide)  # rounded once, at the end
+    kappa = F.normalize((wide_k * k_k).view(shape), dim=-1, eps=1e-12)
+    key = (wide_k * (1 + (share - 1) * k_a)).view(shape)
+    kept, erased, written = (x.to(k.dtype) for x in (key, -kappa, kappa * share.view(shape)))
+    return log_decay.view(shape), erased, written, kept
 
 
 def _compiled(k: Tensor, decay: Tensor, rate: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor,

@@ -25,8 +25,8 @@ def rwkv_output(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, weight
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     normed = F.layer_norm(y.to(wide), y.shape[-1:], eps=1e-5 * y.shape[-1])
     normed = normed.flatten(2) * weight + bias
-    bonus = (r * k * r_k.to(r.dtype)).sum(-1, keepdim=True) * v
-    return (normed.to(gate.dtype) + bonus.flatten(2)) * gate
+    bonus = (r.to(wide) * k * r_k).sum(-1, keepdim=True) * v
+    return ((normed + bonus.flatten(2)) * gate).to(gate.dtype)
 
 
 def _compiled(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, weight: Tensor,

@@ -19,7 +19,8 @@ def value_mix(v: Tensor, first: Tensor, rate: Tensor, v0: Tensor) -> Tensor:
     v, first, rate: (B, T, D); v0: (D,). Returns (B, T, D) in the dtype of v.
     """
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return torch.lerp(v, first, torch.sigmoid(v0 + rate.to(wide)).to(v.dtype))
+    share = torch.sigmoid(v0 + rate.to(wide))
+    return torch.lerp(v.to(wide), first.to(wide), share).to(v.dtype)
 
 
 def _compiled(v: Tensor, first: Tensor, rate: Tensor, v0: Tensor) -> bool:

@@ -131,3 +131,24 @@ def test_a_narrow_branch_is_added_to_a_wide_stream():
     x, y = normal(4, 40, 64), normal(4, 64, 40, seed=1).mT.bfloat16()
     with use(residual_add="numba"):
         assert torch.equal(residual_add(x, y), x + y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("operation", [rwkv_keys, rwkv_output, value_mix], ids=lambda f: f.name)
+def test_both_forms_round_once(operation):
+    """In bfloat16 small calls, which take the reference, give what compiled ones give."""
+    if operation is rwkv_output:
+        shapes = [(B, T, H, N)] * 4 + [(B, T, D), (D,), (D,), (H, N)]
+    else:
+        shapes = [(B, T, D)] * 3 + [(D,)] * (4 if operation is rwkv_keys else 1)
+    tensors = [normal(*shape, seed=i).to(torch.bfloat16 if len(shape) > 2 else torch.float32)
+               for i, shape in enumerate(shapes)]
+    results = []
+    for path in ("reference", "numba"):
+        with use(**{operation.name: path}):
+            out = operation(*tensors, *([H] if operation is rwkv_keys else []))
+        results.append(out if isinstance(out, tuple) else (out,))
+    for small, large in zip(*results, strict=True):
+        apart = (small.float() - large.float()).abs()
+        assert (apart <= 2.0**-7 * large.float().abs() + 1e-6).all()
+        assert (apart > 1e-6).float().mean() < 1e-2
